@@ -1,0 +1,246 @@
+"""What a policy is. Shape letters: B batch, L layers or 1, H kv heads or 1, T tokens, Q queries, D head size.
+
+    TokenPolicy   sees token ids and positions, before the forward      -> Selection
+    LayerPolicy   sees one layer's keys, values and hidden states       -> kept [B, H, T]
+    ModelPolicy   runs the model itself (several passes)                -> kept [B, L, H, T]
+    NativePolicy  cannot be told as "which entries stay": kvpress's own hooks run
+
+A policy is a frozen dataclass of its parameters and never changes when it is called.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsekv.errors import ConfigError
+from sparsekv.policies.budget import Budget
+from sparsekv.selection import NEVER, Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Route = Literal["tokens", "scores", "masked", "native"]
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a token policy may look at.
+
+    Parameters
+    ----------
+    input_ids : LongTensor [B, T]
+    attention_mask : BoolTensor [B, T]
+        False for padding (on the left).
+    n_layers, n_kv_heads : int
+        Of the model. A policy that treats all alike returns 1 for either.
+    compressible : tuple of int, optional
+        The layers that may be compressed (sliding-window layers may not); all by default. A policy that varies
+        with depth counts depth among these.
+    tokenizer : optional
+        For policies that look at the text (anchors).
+    seeds : tuple of int, optional
+        One seed per row, for random policies: a row draws the same in any batching. Default: 0 for every row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    n_layers: int = 1
+    n_kv_heads: int = 1
+    compressible: tuple[int, ...] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    seeds: tuple[int, ...] | None = None
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        """The compressible layers, ascending."""
+        return tuple(range(self.n_layers)) if self.compressible is None else self.compressible
+
+    def rows(self) -> list[TokenRow]:
+        """Each row alone, without its padding."""
+        seeds: Sequence[int] = self.seeds or (0,) * self.input_ids.shape[0]
+        mask = self.attention_mask.bool()
+        return [TokenRow(ids[real], self, seed) for ids, real, seed in zip(self.input_ids, mask, seeds, strict=True)]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One sequence without padding: `ids` LongTensor [n], the context it came from, and its seed."""
+
+    ids: Tensor
+    context: TokenContext
+    seed: int = 0
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return int(self.ids.shape[0])
+
+
+@dataclass
+class LayerContext:
+    """One attention layer's tensors, of rows without padding, after (or while) it attends.
+
+    Parameters
+    ----------
+    module : the attention module
+    layer_idx : int
+    hidden_states : FloatTensor [B, Q, hidden]
+        Input to the attention layer, of the tokens of this forward (Q <= T: fewer where the cache already holds
+        earlier ones).
+    keys, values : FloatTensor [B, H, T, D]
+        All stored entries, RoPE applied, the newest Q last.
+    position_embeddings : (cos, sin), each [B, Q, rotary size]
+    cache_position : LongTensor [Q]
+        0..Q-1 counted from the first stored entry: T - Q .. T - 1.
+    """
+
+    module: nn.Module
+    layer_idx: int
+    hidden_states: Tensor
+    keys: Tensor
+    values: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    cache_position: Tensor
+
+    def hook_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments that a kvpress forward hook would have received."""
+        return {
+            "hidden_states": self.hidden_states,
+            "position_embeddings": self.position_embeddings,
+            "cache_position": self.cache_position,
+        }
+
+
+class Policy(ABC):
+    """Decides which KV entries later queries can still see."""
+
+    route: ClassVar[Route]
+    name: str = ""
+
+    own_prefill: ClassVar[bool] = False
+    """True if the prefill itself differs (it is masked, or takes more passes), so it can't be shared."""
+
+    rerotate: bool = False
+    """True if kept keys are to be re-rotated to consecutive positions."""
+
+
+class TokenPolicy(Policy):
+    """A policy that needs no scores: it reads positions and token ids only, before the forward."""
+
+    route = "tokens"
+
+    @abstractmethod
+    def keep_row(self, row: TokenRow, budget: Budget) -> Tensor:
+        """BoolTensor [L or 1, H or 1, n]: what stays of a row once it has been read.
+
+        Raises ConfigError if the budget contradicts the policy's own sizes or is smaller than what must stay.
+        """
+
+    def evicted_at_row(self, row: TokenRow, budget: Budget) -> Tensor:
+        """IntTensor [L or 1, H or 1, n] in the row's own columns; by default what is not kept leaves at n."""
+        kept = self.keep_row(row, budget)
+        return torch.full(kept.shape, NEVER, dtype=torch.int32, device=kept.device).masked_fill(~kept, row.n)
+
+    def select(self, ctx: TokenContext, budget: Budget | None = None) -> Selection:
+        """Selection over the padded columns of `ctx`; each row gets what it would get alone."""
+        budget = budget or Budget()
+        mask = ctx.attention_mask.bool()
+        per_row = [self.evicted_at_row(row, budget) for row in ctx.rows()]
+        n_layers = max(at.shape[0] for at in per_row)
+        n_heads = max(at.shape[1] for at in per_row)
+        total = ctx.input_ids.shape[1]
+        out = torch.zeros(len(per_row), n_layers, n_heads, total, dtype=torch.int32, device=mask.device)
+        for i, at in enumerate(per_row):
+            columns = mask[i].nonzero().flatten()
+            offset = int(columns[0]) if columns.numel() else 0
+            shifted = torch.where(at == NEVER, at, at + offset)
+            out[i, :, :, columns] = shifted.to(mask.device).expand(n_layers, n_heads, -1)
+        return Selection(out)
+
+
+class LayerPolicy(Policy):
+    """A policy that decides inside each layer, from its keys, values and hidden states."""
+
+    route: ClassVar[Route] = "scores"
+
+    scored: ClassVar[bool] = True
+    """True if `score_layer` exists: then budgets over a layer or the whole model are possible."""
+
+    ratio_free: bool = True
+    """True if the scores do not depend on the budget, so one scoring serves all ratios."""
+
+    def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """FloatTensor [B, H, T]; higher = keep."""
+        raise ConfigError(f"{self.name or type(self).__name__} has no scores; it decides by itself")
+
+    def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """BoolTensor [B, H, T]: the entries of this layer that stay."""
+        if budget.scope == "model":
+            raise ConfigError("budget scope 'model' needs the scores of every layer; use keep_top over all of them")
+        return keep_top(self.score_layer(ctx, budget)[:, None], budget)[:, 0]
+
+
+class ModelPolicy(Policy):
+    """A policy that runs the model itself, for example to reconstruct the context."""
+
+    route = "masked"
+    own_prefill = True
+
+    @abstractmethod
+    def keep_model(
+        self, model: PreTrainedModel, input_ids: Tensor, budget: Budget, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Tensor:
+        """BoolTensor [1, L, H, T] for one unpadded row `input_ids` [1, T]."""
+
+
+class NativePolicy(Policy):
+    """A kvpress press that changes more than which entries stay; its own hooks and prefill run."""
+
+    route = "native"
+    own_prefill = True
+
+    decoding: bool = False
+    """True if the press works while decoding, so that only kvpress's own generation loop can run it."""
+
+    @abstractmethod
+    def press(self, budget: Budget) -> Any:
+        """A fresh kvpress press with the budget's ratio set."""
+
+
+def keep_top(scores: Tensor, budget: Budget, n_seen: int | None = None) -> Tensor:
+    """The best-scored entries under a budget.
+
+    Parameters
+    ----------
+    scores : FloatTensor [B, L, H, T]
+        Higher = keep.
+    budget : Budget
+        Scope "head": the same count in every kv head, by `topk` exactly as kvpress picks it. "layer" / "model":
+        the same total, the count per head free; every head keeps its best entry.
+    n_seen : int, optional
+        Number of tokens that the ratio counts, if not T (the cache has been compressed before).
+
+    Returns
+    -------
+    BoolTensor [B, L, H, T]
+    """
+    b, n_layers, h, t = scores.shape
+    n_kept = min(t, budget.n_kept(n_seen or t))
+    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if budget.scope == "head":
+        return kept.scatter_(-1, scores.topk(n_kept, dim=-1).indices, True)
+    scores = scores.float().clone()
+    best = scores.argmax(dim=-1, keepdim=True)
+    scores.scatter_(-1, best, torch.inf)  # no head is emptied: an empty softmax is undefined
+    if budget.scope == "layer":
+        flat = scores.reshape(b, n_layers, h * t)
+        return kept.view(b, n_layers, h * t).scatter_(-1, flat.topk(n_kept * h).indices, True).view(b, n_layers, h, t)
+    flat = scores.reshape(b, -1)
+    index = flat.topk(n_kept * h * n_layers).indices
+    return kept.view(b, -1).scatter_(-1, index, True).view(b, n_layers, h, t)
