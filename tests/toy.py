@@ -1,6 +1,6 @@
 """Tiny random models and a byte-level tokenizer: every model family at the size of a unit test.
 
-Plain functions, so that a script or a parametrised test can call them; conftest.py has the fixtures around them.
+Plain functions, so that scripts and parametrised tests can call them; conftest.py has fixtures around them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any
             for name, parameter in model.named_parameters():
                 if "norm" in name or name.endswith("bias"):
                     parameter.add_(0.1 * torch.randn_like(parameter))
-            # At this initializer_range a head would look at two or three entries only; the rest would not count.
+            # At this initializer_range a head would look at two or three entries; the rest would not count.
             for name, parameter in model.named_parameters():
                 if name.endswith(("q_proj.weight", "k_proj.weight")):
                     parameter.mul_(FLATTER)
