@@ -1,0 +1,340 @@
+"""A transformers cache whose evicted entries are really gone.
+
+Shape letters: B rows, L layers, H kv heads, T columns seen.
+
+`get_seq_length()` is tokens seen, so `generate(input_ids=context + question, past_key_values=cache)` feeds exactly the
+new tokens at the right positions. Layers with a sliding window keep the model's own window (a `WindowLayer`); only
+full-attention layers are compressible. Eviction while decoding is driven by `sparsekv.attention`, with the
+`DecodeEviction` kept here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from sparsekv import architecture
+from sparsekv.cache.layer import SparseLayer
+from sparsekv.cache.rope import Rotation
+from sparsekv.errors import ConfigError
+from sparsekv.policies.base import Policy
+from sparsekv.policies.budget import Budget
+from sparsekv.selection import Selection, stack
+
+ATTENTION = "sparsekv"
+"""Name of the registered attention function (see `sparsekv.attention.prepare`)."""
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """The model's own sliding window, without the views that would keep evicted keys alive."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, cache_kwargs)
+        if self.keys.shape[-2] < keys.shape[-2]:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return keys, values
+
+    def snapshot(self) -> Any:
+        """References suffice: an update makes new tensors."""
+        return self.is_initialized, self.keys, self.values, self.cumulative_length
+
+    def restore(self, state: Any) -> None:
+        """Back to a snapshot."""
+        self.is_initialized, self.keys, self.values, self.cumulative_length = state
+
+    def fork(self, rows: int) -> WindowLayer:
+        """The same window, for `rows` copies of a single row."""
+        twin = WindowLayer(self.sliding_window)
+        if self.is_initialized:
+            twin.lazy_initialization(self.keys, self.values)
+            twin.keys, twin.values = (x.repeat_interleave(rows, dim=0) for x in (self.keys, self.values))
+            twin.cumulative_length = self.cumulative_length
+        return twin
+
+
+@dataclass
+class DecodeEviction:
+    """Eviction while tokens are generated.
+
+    Parameters
+    ----------
+    policy, budget
+        What to keep; the budget counts all stored entries.
+    every : int >= 1
+        Evict once that many tokens came since the last time (1: after every token, as StreamingLLM). The cache then
+        holds between `budget` and `budget + every` entries per head.
+    """
+
+    policy: Policy
+    budget: Budget
+    every: int = 64
+    since: dict[int, int] = field(default_factory=dict)  # tokens since the last eviction, per layer
+
+
+class SparseCache(Cache):
+    """KV cache with tokens seen != slots stored, per layer, row and kv head.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's config: says which layers have a sliding window of their own.
+
+    Notes
+    -----
+    Works in plain `generate`: greedy, sampling, beam search, several sequences, several turns. Uniform unpadded counts
+    also work under the stock "sdpa" attention; ragged counts and padding need `prepare(model)`, and say so.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = architecture.text_config(config)
+        self.compressible = architecture.compressible_layers(self.config)
+        window = architecture.sliding_window(self.config)
+        layers: list[CacheLayerMixin] = []
+        for index in range(architecture.num_layers(self.config)):
+            if index in self.compressible:
+                layers.append(SparseLayer())
+            elif window is None:
+                raise ConfigError(f"layer {index} has a sliding window, but the config names no sliding_window")
+            else:
+                layers.append(WindowLayer(window))
+        super().__init__(layers=layers)
+        self.real: Tensor | None = None  # bool [B, T seen]; None: no padding
+        self.ids: Tensor | None = None  # token ids [B, T seen], where a policy needs them
+        self.rotary: Tensor | None = None  # inverse frequencies, if keys are re-rotated after eviction
+        self.decode: DecodeEviction | None = None
+        self.tokenizer: Any = None
+        self.seeds: tuple[int, ...] | None = None
+
+    # ---- what is stored -----------------------------------------------------------------------------------------
+
+    def sparse_layers(self) -> list[tuple[int, SparseLayer]]:
+        """(layer index, layer) of every compressible layer."""
+        return [(i, self.layers[i]) for i in self.compressible]  # type: ignore[misc]
+
+    @property
+    def seen(self) -> int:
+        """Columns (tokens, padding included) that the cache has seen."""
+        return self.get_seq_length()
+
+    @property
+    def batch(self) -> int:
+        """Rows B (0 before the first forward)."""
+        return next((layer.batch for _, layer in self.sparse_layers()), 0)
+
+    @property
+    def intact(self) -> bool:
+        """Nothing was ever evicted."""
+        return all(layer.intact for _, layer in self.sparse_layers())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers, metadata included."""
+        own = sum(layer.nbytes for _, layer in self.sparse_layers())
+        extra = [t for t in (self.real, self.ids) if t is not None]
+        return own + self._window_bytes() + sum(t.numel() * t.element_size() for t in extra)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that keys and values of every token seen would take (sliding windows at their own size)."""
+        total = self._window_bytes()
+        for _, layer in self.sparse_layers():
+            if layer.batch:
+                item, width = layer.store.keys.element_size(), layer.store.keys.shape[-1]
+                total += 2 * layer.batch * layer.n_kv_heads * layer.get_seq_length() * width * item
+        return total
+
+    def _window_bytes(self) -> int:
+        windows = [layer for layer in self.layers if isinstance(layer, WindowLayer) and layer.is_initialized]
+        return sum(t.numel() * t.element_size() for layer in windows for t in (layer.keys, layer.values))
+
+    def stored_counts(self) -> Tensor:
+        """IntTensor [compressible layers, B, H]: entries stored."""
+        return torch.stack([layer.stored() for _, layer in self.sparse_layers()])
+
+    def real_seen(self) -> Tensor:
+        """LongTensor [B]: tokens seen, padding not counted."""
+        if self.real is None:
+            return torch.full((self.batch,), self.seen, dtype=torch.int64)
+        missing = self.seen - self.real.shape[1]
+        return self.real.sum(dim=1).cpu() + missing
+
+    @property
+    def achieved_compression(self) -> list[float]:
+        """Per row: 1 - stored / full entries over real tokens and compressible layers.
+
+        Meaningful right after eviction; padding that is still stored is not counted.
+        """
+        pads = 0 if self.real is None else (~self.real).sum(dim=1).cpu() * self.intact
+        stored = (self.stored_counts() - (pads[None, :, None] if isinstance(pads, Tensor) else 0)).double()
+        return (1 - stored.mean(dim=(0, 2)) / self.real_seen().double()).tolist()
+
+    def kept_columns(self) -> Tensor:
+        """BoolTensor [B, L, H, T seen]: what is stored now (layers with their own window: everything)."""
+        heads = architecture.num_kv_heads(self.config)
+        kept = torch.ones(self.batch, len(self.layers), heads, self.seen, dtype=torch.bool)
+        for index, layer in self.sparse_layers():
+            kept[:, index] = False
+            for segment, columns in enumerate(layer.columns()):
+                kept[segment // heads, index, segment % heads, columns.cpu()] = True
+        if self.real is not None:
+            kept[..., : self.real.shape[1]] &= self.real.cpu()[:, None, None, :]
+        return kept
+
+    def selection(self) -> Selection:
+        """What is stored, as a Selection in which everything missing left at the present column."""
+        kept = self.kept_columns()
+        pad = torch.zeros(self.batch, self.seen, dtype=torch.bool)
+        if self.real is not None:
+            pad[:, : self.real.shape[1]] = ~self.real.cpu()
+        return Selection.from_kept(kept, pad=pad)
+
+    # ---- taking out -----------------------------------------------------------------------------------------------
+
+    def apply(self, selection: Selection) -> None:
+        """Take out what no later query sees; memory is freed. A selection that evicts nothing changes nothing.
+
+        Raises
+        ------
+        ConfigError
+            If the selection covers fewer columns than were seen, or the result needs the "sparsekv" attention.
+        """
+        selection = self._fitting(selection)
+        if not self._removes(selection):
+            return
+        for index, layer in self.sparse_layers():
+            self.keep_in_layer(index, selection.layer(index) > self.seen, layer)
+        self.check_attention()
+
+    def keep_in_layer(self, index: int, kept: Tensor, layer: CacheLayerMixin | None = None) -> None:
+        """Compact one layer to the columns `kept` [B, H or 1, T seen]."""
+        require_sparse(layer or self.layers[index]).keep(kept, self.rotation())
+
+    def fork(self, selections: Sequence[Selection]) -> SparseCache:
+        """Compacted copies of a one-row cache, one row per selection, side by side as one batch."""
+        twin = SparseCache(self.config)
+        twin.rotary, twin.tokenizer = self.rotary, self.tokenizer
+        rows = len(selections)
+        twin.real = None if self.real is None else self.real.expand(rows, -1)
+        twin.ids = None if self.ids is None else self.ids.expand(rows, -1)
+        joint = self._fitting(stack(list(selections)))
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SparseLayer):
+                twin.layers[index] = layer.fork(joint.layer(index) > self.seen, self.rotation())
+            elif isinstance(layer, WindowLayer):
+                twin.layers[index] = layer.fork(rows)
+        twin.check_attention()
+        return twin
+
+    def _fitting(self, selection: Selection) -> Selection:
+        columns = selection.shape[-1]
+        if columns > self.seen:
+            raise ConfigError(f"the selection covers {columns} columns, the cache has seen {self.seen} tokens")
+        return selection.extend(self.seen) if columns < self.seen else selection
+
+    def _removes(self, selection: Selection) -> bool:
+        at = torch.cat([selection.layer(i).flatten() for i in self.compressible])
+        return bool(((at > 0) & (at <= self.seen)).any()) or not self.intact
+
+    def rotation(self) -> Rotation | None:
+        """How to re-rotate kept keys now, or None."""
+        return None if self.rotary is None else Rotation(self.rotary, self.rope_positions())
+
+    def rope_positions(self) -> Tensor:
+        """LongTensor [B or 1, T seen]: RoPE position of each column."""
+        if self.real is None:
+            return torch.arange(self.seen)[None]
+        real = torch.nn.functional.pad(self.real.long(), (0, self.seen - self.real.shape[1]), value=1)
+        return real.cumsum(dim=1) - 1
+
+    def check_attention(self) -> None:
+        """Raise a ConfigError if what is stored can't be read by the model's present attention."""
+        if self.config._attn_implementation == ATTENTION:
+            return
+        counts = self.stored_counts()
+        if self.real is not None or int(counts.min()) != int(counts.max()):
+            raise ConfigError(
+                "this cache stores different numbers of entries per row, layer or kv head, which attention "
+                f"{self.config._attn_implementation!r} can't read; call sparsekv.prepare(model) first"
+            )
+
+    # ---- rows and time --------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Any:
+        """The present state, to `restore` later: lengths and references, nothing is copied."""
+        state = {name: getattr(self, name) for name in ("real", "ids", "rotary", "decode", "seeds")}
+        since = dict(self.decode.since) if self.decode else {}
+        return [layer.snapshot() for layer in self.layers], state, since  # type: ignore[attr-defined]
+
+    def restore(self, snapshot: Any) -> None:
+        """Back to a snapshot of this cache; a snapshot can be restored any number of times."""
+        layers, state, since = snapshot
+        for layer, saved in zip(self.layers, layers, strict=True):
+            layer.restore(saved)  # type: ignore[attr-defined]
+        for name, value in state.items():
+            setattr(self, name, value)
+        if self.decode:
+            self.decode.since = dict(since)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the newest tokens, down to `max_length` seen (negative: that many fewer)."""
+        if sys._getframe(1).f_code.co_name == "_assisted_decoding":
+            raise ConfigError(
+                "assisted decoding (assistant_model, prompt_lookup_num_tokens) does not work with SparseCache: "
+                "rejected tokens may have evicted entries; generate without it"
+            )
+        super().crop(max_length)
+        for name in ("real", "ids"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[:, : self.seen])
+
+    def _take(self, rows: Tensor) -> None:
+        for name in ("real", "ids"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor[rows.to(tensor.device)])
+        if self.seeds is not None:
+            self.seeds = tuple(self.seeds[i] for i in rows.tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        rows = torch.arange(self.batch).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self._take(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows stay."""
+        rows = torch.arange(self.batch)[torch.as_tensor(indices).cpu()]
+        super().batch_select_indices(rows)
+        self._take(rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, WindowLayer):
+                self.layers[index] = WindowLayer(layer.sliding_window)
+            else:
+                layer.reset()
+        self.real = self.ids = None
+
+
+def require_sparse(layer: CacheLayerMixin) -> SparseLayer:
+    """The layer, if it is compressible; a ConfigError otherwise."""
+    if not isinstance(layer, SparseLayer):
+        raise ConfigError("a layer with the model's own sliding window can't be compacted")
+    return layer
+
+
+__all__ = ["ATTENTION", "DecodeEviction", "SparseCache", "WindowLayer", "require_sparse"]

@@ -1,0 +1,188 @@
+"""Deciding and taking out entries of a cache that already holds some: later turns, chunked prefill, decoding.
+
+Token policies are asked again about the STORED entries, in position order; layer policies score the stored keys and
+values with the newest hidden states. Padding is taken off before a policy sees a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekv import architecture
+from sparsekv.cache.layer import SparseLayer
+from sparsekv.cache.sparse import SparseCache
+from sparsekv.errors import ConfigError
+from sparsekv.policies.base import LayerContext, LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow, keep_top
+from sparsekv.policies.budget import Budget
+
+HIDDEN_TOKENS = 128
+"""Newest hidden states that a layer keeps while decoding under a layer policy (observation windows are 64)."""
+
+
+def stored_budget(budget: Budget, n_seen: int, n_stored: int) -> Budget:
+    """The budget for `n_stored` entries that are left of `n_seen`: a ratio counts what was seen."""
+    if not budget.given or n_stored == n_seen:
+        return budget
+    return Budget(tokens=max(1, min(budget.n_kept(n_seen), n_stored)), scope=budget.scope)
+
+
+def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
+    """What token policies may know of a cache's model (the ids are per row, given separately)."""
+    blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
+    return TokenContext(
+        input_ids=blank,
+        attention_mask=torch.ones_like(blank, dtype=torch.bool),
+        n_layers=len(cache.layers),
+        n_kv_heads=architecture.num_kv_heads(cache.config),
+        compressible=tuple(cache.compressible),
+        tokenizer=cache.tokenizer,
+        seeds=cache.seeds,
+    )
+
+
+def keep_by_tokens(cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget) -> Tensor:
+    """BoolTensor [B, H, T seen]: what `policy` keeps of the entries that `layer` stores."""
+    heads, seen = layer.n_kv_heads, layer.get_seq_length()
+    device = layer.store.keys.device
+    context = token_context(cache, device)
+    real_seen = cache.real_seen().tolist()
+    kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)
+    segments = layer.columns()
+    for row in range(cache.batch):
+        real = None if cache.real is None else nn.functional.pad(
+            cache.real[row], (0, seen - cache.real.shape[1]), value=True
+        ).to(device)
+        seed = cache.seeds[row] if cache.seeds else 0
+        last: tuple[Tensor, Tensor] | None = None
+        for head in range(heads):
+            columns = segments[row * heads + head]
+            if real is not None:
+                columns = columns[real[columns]]
+            if last is not None and torch.equal(last[0], columns):
+                chosen = last[1]
+            else:
+                ids = columns if cache.ids is None else cache.ids[row].to(device)[columns]
+                n = len(columns)
+                chosen = policy.keep_row(TokenRow(ids, context, seed), stored_budget(budget, real_seen[row], n))
+                last = (columns, chosen)
+            of_layer = chosen[min(index, chosen.shape[0] - 1)]
+            kept[row, head, columns] = of_layer[min(head, of_layer.shape[0] - 1)].to(device)
+    return kept
+
+
+def row_contexts(
+    module: nn.Module, index: int, cache: SparseCache, layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+) -> list[tuple[LayerContext, Tensor]]:
+    """(context, columns) of every row without padding, right after the layer attended to the newest tokens.
+
+    Raises ConfigError where a layer policy can't see the stored entries as one dense tensor.
+    """
+    if not layer.is_uniform:
+        raise ConfigError(
+            "this cache stores different numbers of entries per row or kv head, so its keys can't be scored again; "
+            "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
+        )
+    keys, values = layer.dense()
+    cos, sin = rotary
+    contexts = []
+    stored_columns = layer.columns()
+    for row in range(layer.batch):
+        columns = stored_columns[row * layer.n_kv_heads]
+        start, n_hidden = 0, hidden.shape[1]
+        if cache.real is not None:
+            real = nn.functional.pad(cache.real[row], (0, layer.get_seq_length() - cache.real.shape[1]), value=True)
+            inside = real.to(columns.device)[columns]
+            start = int((~inside).sum())
+            if not bool(inside[start:].all()):
+                raise ConfigError("padding between tokens: layer policies need left padding only")
+            n_hidden = min(n_hidden, len(columns) - start)
+        spot = min(row, cos.shape[0] - 1)
+        n = len(columns) - start
+        ctx = LayerContext(
+            module=module,
+            layer_idx=index,
+            hidden_states=hidden[row : row + 1, -n_hidden:],
+            keys=keys[row : row + 1, :, start:],
+            values=values[row : row + 1, :, start:],
+            position_embeddings=(cos[spot : spot + 1, -n_hidden:], sin[spot : spot + 1, -n_hidden:]),
+            cache_position=torch.arange(n - n_hidden, n, device=keys.device),
+        )
+        contexts.append((ctx, columns[start:]))
+    return contexts
+
+
+def keep_by_layer(
+    module: nn.Module,
+    index: int,
+    cache: SparseCache,
+    layer: SparseLayer,
+    policy: LayerPolicy,
+    budget: Budget,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """BoolTensor [B, H, T seen]: what a layer policy keeps of the entries that `layer` stores."""
+    kept = torch.zeros(layer.batch, layer.n_kv_heads, layer.get_seq_length(), dtype=torch.bool, device=hidden.device)
+    real_seen = cache.real_seen().tolist()
+    for row, (ctx, columns) in enumerate(row_contexts(module, index, cache, layer, hidden, rotary)):
+        use = stored_budget(budget, real_seen[row], len(columns))
+        if policy.scored and use.scope != "model":
+            chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
+        else:
+            chosen = policy.keep_layer(ctx, use)[0]
+        kept[row][:, columns] = chosen
+    return kept
+
+
+def keep_in_layer(
+    cache: SparseCache,
+    module: nn.Module,
+    index: int,
+    policy: Policy,
+    budget: Budget,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """BoolTensor [B, H, T seen]: what a policy keeps of one layer. Raises ConfigError for policies that can't."""
+    layer = cache.layers[index]
+    if not isinstance(layer, SparseLayer):
+        raise ConfigError(f"layer {index} has the model's own sliding window and can't be compacted")
+    if isinstance(policy, TokenPolicy):
+        return keep_by_tokens(cache, index, layer, policy, budget)
+    if isinstance(policy, LayerPolicy):
+        return keep_by_layer(module, index, cache, layer, policy, budget, hidden, rotary)
+    raise ConfigError(f"method {policy.name!r} runs the model itself; it works only right after a whole prefill")
+
+
+def evict_layer(
+    cache: SparseCache, module: nn.Module, index: int, layer: SparseLayer, inputs: tuple[Tensor, Any] | None
+) -> None:
+    """Eviction while decoding, after a layer has attended: see `DecodeEviction`."""
+    decode = cache.decode
+    if decode is None or inputs is None:
+        return
+    hidden, rotary = inputs
+    if isinstance(decode.policy, LayerPolicy):
+        hidden, rotary = _remember(layer, hidden, rotary)
+    decode.since[index] = decode.since.get(index, 0) + inputs[0].shape[1]
+    if decode.since[index] < decode.every:
+        return
+    decode.since[index] = 0
+    n_stored = int(layer.stored().max())
+    if decode.budget.given and n_stored <= int(decode.budget.n_kept(cache.seen)):
+        return
+    layer.keep(keep_in_layer(cache, module, index, decode.policy, decode.budget, hidden, rotary), cache.rotation())
+
+
+def _remember(layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The newest hidden states of this layer, with their rotary embeddings, for observation windows."""
+    parts = (hidden, *(x.expand(hidden.shape[0], -1, -1) for x in rotary))
+    held = layer.recent_inputs
+    if held is not None and held[0].shape[0] == hidden.shape[0]:
+        parts = tuple(torch.cat([old, new], dim=1) for old, new in zip(held, parts, strict=True))  # type: ignore[assignment]
+    parts = tuple(x[:, -HIDDEN_TOKENS:] for x in parts)  # type: ignore[assignment]
+    layer.recent_inputs = tuple(x.clone() for x in parts)
+    return parts[0], (parts[1], parts[2])

@@ -1,0 +1,312 @@
+"""Compress a context into a cache, then generate from it with plain `model.generate`.
+
+    cache = compress(model, context_ids, "snapkv", 0.75)
+    model.generate(torch.cat([context_ids, question_ids], dim=1), past_key_values=cache)
+
+Shape letters: B rows, T tokens of the context, Q of the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sparsekv import architecture
+from sparsekv.attention import prepare
+from sparsekv.cache.rope import inverse_frequencies
+from sparsekv.cache.sparse import DecodeEviction, SparseCache
+from sparsekv.errors import ConfigError, unknown
+from sparsekv.eviction import keep_in_layer, row_contexts
+from sparsekv.policies import make_policy
+from sparsekv.policies.base import (
+    LayerPolicy,
+    ModelPolicy,
+    NativePolicy,
+    Policy,
+    TokenContext,
+    TokenPolicy,
+    keep_top,
+)
+from sparsekv.policies.budget import Budget
+from sparsekv.probe import after_each_layer, run_decoder
+from sparsekv.selection import Selection
+
+Phase = Literal["prefill", "decode", "both"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "both")
+
+
+def as_budget(budget: Budget | float | int | None) -> Budget:
+    """A Budget from what people write: a ratio in [0, 1) as a float, a number of entries as an int, or None."""
+    if isinstance(budget, Budget):
+        return budget
+    if budget is None:
+        return Budget()
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget != 0:
+        return Budget(tokens=budget)
+    return Budget(compression_ratio=float(budget))
+
+
+@torch.no_grad()
+def compress(
+    model: Any,
+    input_ids: Tensor,
+    policy: Policy | str,
+    budget: Budget | float | int | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk: int | None = None,
+    phase: Phase = "prefill",
+    cache: SparseCache | None = None,
+    rerotate: bool | None = None,
+    tokenizer: Any = None,
+    seeds: tuple[int, ...] | None = None,
+    every: int = 64,
+) -> SparseCache:
+    """Read a context and keep only what `policy` keeps of it.
+
+    Parameters
+    ----------
+    model : a supported causal language model; it is switched to the "sparsekv" attention (`prepare`).
+    input_ids : LongTensor [B, T]
+        The context; with `cache`, the whole sequence so far, of which the cache has seen a prefix.
+    policy : Policy or str
+        A policy, or a method name (`sparsekv ls methods`).
+    budget : Budget, float (compression_ratio: the fraction removed), int (entries per head) or None (own sizes)
+    attention_mask : [B, T], optional
+        0 for padding, on the left. Each row keeps what it would keep alone.
+    chunk : int >= 1, optional
+        Read that many tokens at a time and evict after each, so that at most budget + chunk entries are held.
+    phase : "prefill", "decode" or "both"
+        When to evict: once after the context, while generating, or both.
+    cache : SparseCache, optional
+        Continue an earlier one (later turns).
+    rerotate : bool, optional
+        Give kept keys consecutive positions (needed beyond the model's window). Default: what the policy says.
+    tokenizer : optional
+        For policies that look at the text (anchors, kvzip).
+    seeds : one int per row, optional
+        For random policies.
+    every : int >= 1
+        While generating, evict once per that many tokens.
+
+    Returns
+    -------
+    SparseCache
+        Pass it to `model.generate(input_ids=context + question, past_key_values=cache)`.
+
+    Raises
+    ------
+    ConfigError
+        For an unsupported model, cache type, budget or combination.
+    """
+    if phase not in PHASES:
+        raise unknown("phase", phase, PHASES)
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk must be at least 1 token, got {chunk}")
+    if every < 1:
+        raise ConfigError(f"every must be at least 1 token, got {every}")
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ConfigError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
+    policy = make_policy(policy) if isinstance(policy, str) else policy
+    budget = as_budget(budget)
+    prepare(model)
+    plain = architecture.unwrap(model)
+    cache = _cache_for(plain, input_ids, cache, attention_mask, tokenizer, seeds)
+    if rerotate if rerotate is not None else policy.rerotate:
+        cache.rotary = inverse_frequencies(architecture.text_model(plain))
+    if phase in ("decode", "both") and not isinstance(policy, (TokenPolicy, LayerPolicy)):
+        raise ConfigError(f"method {policy.name!r} can't evict while decoding; use phase='prefill'")
+    if phase == "decode":
+        _read(plain, input_ids, cache, None, budget, chunk)
+    elif isinstance(policy, NativePolicy):
+        raise ConfigError(
+            f"method {policy.name!r} changes more than which entries stay, so it runs only by kvpress's own hooks: "
+            "use it in `sparsekv eval`, or kvpress's pipeline"
+        )
+    else:
+        _read(plain, input_ids, cache, policy, budget, chunk)
+    if phase != "prefill":
+        cache.decode = DecodeEviction(policy, budget, every)
+    cache.check_attention()
+    return cache
+
+
+def _cache_for(
+    model: Any,
+    input_ids: Tensor,
+    cache: SparseCache | None,
+    attention_mask: Tensor | None,
+    tokenizer: Any,
+    seeds: tuple[int, ...] | None,
+) -> SparseCache:
+    if cache is None:
+        cache = SparseCache(model.config)
+    elif not isinstance(cache, SparseCache):
+        kind = type(cache).__name__ if isinstance(cache, Cache) else type(cache)
+        raise ConfigError(f"cache must be a SparseCache, got {kind}: static and quantized caches can't be compacted")
+    if cache.seen >= input_ids.shape[1]:
+        raise ConfigError(f"the cache has seen {cache.seen} tokens, but the sequence given has {input_ids.shape[1]}")
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ConfigError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        if not bool(attention_mask.bool().any(dim=1).all()):
+            raise ConfigError("attention_mask has a row without any real token")
+        cache.real = None if bool(attention_mask.all()) else attention_mask.bool()
+    if cache.real is not None:
+        steps = cache.real.long().diff(dim=1)
+        if cache.intact and bool((steps < 0).any()):
+            raise ConfigError("attention_mask has padding after real tokens; pad on the left")
+    cache.ids = input_ids
+    cache.tokenizer = tokenizer if tokenizer is not None else cache.tokenizer
+    cache.seeds = seeds if seeds is not None else cache.seeds
+    return cache
+
+
+def _read(
+    model: Any, input_ids: Tensor, cache: SparseCache, policy: Policy | None, budget: Budget, chunk: int | None
+) -> None:
+    """Run the model over the tokens that the cache has not seen, evicting after each chunk."""
+    start, total = cache.seen, input_ids.shape[1]
+    step = chunk or total - start
+    single = step >= total - start
+    if isinstance(policy, ModelPolicy) or (isinstance(policy, TokenPolicy) and policy.own_prefill):
+        if start or not single:
+            raise ConfigError(f"method {policy.name!r} reads the whole context at once: no chunk and no later turn")
+        _read_whole(model, input_ids, cache, policy, budget)
+        return
+    if isinstance(policy, LayerPolicy) and budget.scope == "model" and (start or not single):
+        raise ConfigError("budget scope 'model' needs the whole context at once: no chunk and no later turn")
+    full_real = cache.real
+    for begin in range(start, total, step):
+        end = min(begin + step, total)
+        cache.real = None if full_real is None else full_real[:, :end]
+        if cache.real is not None and bool(cache.real.all()):
+            cache.real = None
+        mask = cache.real
+        scores: list[Tensor] = []
+
+        def evict(
+            module: nn.Module, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], into: list[Tensor] = scores
+        ) -> None:
+            if policy is None:
+                return
+            if isinstance(policy, LayerPolicy) and budget.scope == "model":
+                layer = cache.layers[index]
+                contexts = row_contexts(module, index, cache, layer, hidden, rotary)  # type: ignore[arg-type]
+                if len(contexts) > 1:
+                    raise ConfigError("budget scope 'model' takes one row at a time")
+                into.append(policy.score_layer(contexts[0][0], budget))
+                return
+            kept = keep_in_layer(cache, module, index, policy, budget, hidden, rotary)
+            if not _keeps_all(kept, cache):
+                cache.keep_in_layer(index, kept)
+
+        with after_each_layer(model, evict):
+            run_decoder(model, input_ids[:, begin:end], cache, mask)
+        if scores:
+            kept = keep_top(torch.stack(scores, dim=1), budget)
+            for place, index in enumerate(cache.compressible):
+                if not bool(kept[:, place].all()):
+                    cache.keep_in_layer(index, kept[:, place])
+    cache.real = full_real
+
+
+def _keeps_all(kept: Tensor, cache: SparseCache) -> bool:
+    """True if nothing real leaves a whole cache (pads alone are left where they are: ratio 0 stays bitwise)."""
+    if not cache.intact:
+        return False
+    return bool(kept.all() if cache.real is None else (kept | ~cache.real[:, None, :].to(kept.device)).all())
+
+
+def _read_whole(model: Any, input_ids: Tensor, cache: SparseCache, policy: Policy, budget: Budget) -> None:
+    """Policies that mask the prefill itself, or that run the model on their own."""
+    mask = cache.real if cache.real is not None else torch.ones_like(input_ids, dtype=torch.bool)
+    if isinstance(policy, TokenPolicy):
+        context = TokenContext(
+            input_ids=input_ids,
+            attention_mask=mask,
+            n_layers=len(cache.layers),
+            n_kv_heads=architecture.num_kv_heads(cache.config),
+            compressible=tuple(cache.compressible),
+            tokenizer=cache.tokenizer,
+            seeds=cache.seeds,
+        )
+        selection = policy.select(context, budget)
+        run_decoder(model, input_ids, cache, cache.real, selection=selection)
+        # The entry that the next token would just miss is dropped now; nothing else leaves in this phase.
+        cache.apply(selection)
+        return
+    if not isinstance(policy, ModelPolicy):
+        raise ConfigError(f"method {policy.name!r} can't be compressed with")
+    run_decoder(model, input_ids, cache, cache.real)
+    heads = architecture.num_kv_heads(cache.config)
+    kept = torch.zeros(input_ids.shape[0], len(cache.layers), heads, input_ids.shape[1], dtype=torch.bool)
+    for row in range(input_ids.shape[0]):
+        real = mask[row].cpu()
+        alone = policy.keep_model(model, input_ids[row : row + 1][:, mask[row]], budget, cache.tokenizer)
+        kept[row][:, :, real] = alone[0].cpu()
+    cache.apply(Selection.from_kept(kept, pad=~mask.cpu()))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated token ids of one row, and why it ended: "eos" or "length"."""
+
+    token_ids: list[int]
+    finish_reason: Literal["eos", "length"]
+
+
+@torch.no_grad()
+def greedy_decode(
+    model: Any, cache: SparseCache, question_ids: Tensor, max_new_tokens: int, eos_ids: Collection[int]
+) -> list[Answer]:
+    """Greedy answers to a question from every row of a cache at once; the cache is used up.
+
+    Parameters
+    ----------
+    question_ids : LongTensor [1 or B, Q]
+        Tokens after the context, the same number for all rows.
+    max_new_tokens : int >= 1
+    eos_ids : token ids that end an answer
+
+    Notes
+    -----
+    The stop rule is that of kvpress's pipeline, so that answers compare token for token: an end token stops the
+    generation from the second new token on. Finished rows leave the batch.
+    """
+    rows = cache.batch
+    ids = question_ids.expand(rows, -1)
+    if max_new_tokens < 1 or ids.shape[1] == 0:
+        raise ConfigError("greedy decoding needs at least one question token and max_new_tokens >= 1")
+    real = cache.real
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    reasons: list[Literal["eos", "length"]] = ["length"] * rows
+    active = torch.arange(rows)
+    stop = set(eos_ids)
+    for step in range(max_new_tokens):
+        arguments: dict[str, Any] = {}
+        if real is not None:
+            total = cache.seen + ids.shape[1]
+            mask = nn.functional.pad(real[active], (0, total - real.shape[1]), value=True).long()
+            arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]}
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments).logits
+        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        going = torch.ones(len(active), dtype=torch.bool)
+        for place, (row, token) in enumerate(zip(active.tolist(), ids[:, 0].tolist(), strict=True)):
+            answers[row].append(token)
+            if step > 0 and token in stop:
+                reasons[row], going[place] = "eos", False
+        if not bool(going.any()) or step == max_new_tokens - 1:
+            break
+        if not bool(going.all()):
+            cache.batch_select_indices(going.nonzero().flatten())
+            active, ids = active[going], ids[going.to(ids.device)]
+    return [Answer(tokens, reason) for tokens, reason in zip(answers, reasons, strict=True)]

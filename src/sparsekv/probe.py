@@ -1,0 +1,175 @@
+"""One prefill, many methods: eviction after the prefill does not change the prefill.
+
+`prefill` runs the model once on one context and computes, layer by layer, what every requested method would keep. The
+returned cache is whole; `cache.fork([selection, …])` makes the compacted copies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekv import architecture
+from sparsekv.attention import prepare
+from sparsekv.cache.layer import SparseLayer
+from sparsekv.cache.sparse import SparseCache
+from sparsekv.errors import ConfigError
+from sparsekv.eviction import row_contexts
+from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, keep_top
+from sparsekv.policies.budget import Budget
+from sparsekv.selection import Selection
+
+AfterLayer = Callable[[nn.Module, int, Tensor, tuple[Tensor, Tensor]], None]
+
+
+@contextmanager
+def after_each_layer(model: Any, callback: AfterLayer) -> Iterator[None]:
+    """Call `callback(module, layer_idx, hidden_states, (cos, sin))` after every compressible attention layer."""
+    modules = architecture.attention_modules(model)
+    handles = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        rotary = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+        callback(module, int(module.layer_idx), hidden, rotary)  # type: ignore[arg-type]
+
+    decoder = architecture.text_model(model)
+    try:
+        for index in architecture.compressible_layers(model):
+            modules[index].rotary_emb = decoder.rotary_emb  # kvpress presses read it from the attention module
+            handles.append(modules[index].register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_decoder(
+    model: Any, input_ids: Tensor, cache: SparseCache, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Run the decoder stack (no vocabulary head) on new tokens [B, Q]; `attention_mask` covers [B, seen + Q]."""
+    arguments = dict(kwargs)
+    if attention_mask is not None and not bool(attention_mask.all()):
+        mask = attention_mask.long()
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        arguments |= {"attention_mask": mask, "position_ids": positions[:, -input_ids.shape[1] :]}
+    decoder = architecture.text_model(model)
+    return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Request:
+    """One method at one budget; `key` names it in the result.
+
+    Raises ConfigError for policies that need a prefill of their own.
+    """
+
+    key: Hashable
+    policy: Policy
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        if self.policy.own_prefill or not isinstance(self.policy, (TokenPolicy, LayerPolicy)):
+            raise ConfigError(f"method {self.policy.name!r} needs a prefill of its own; use compress")
+
+
+@dataclass
+class Prefilled:
+    """A whole cache and what each request would keep of it.
+
+    `selections[key]` is [1, L, H, T]; `select_s[key]` the seconds spent on scoring and choosing (a scoring that
+    several requests share is counted for each of them).
+    """
+
+    cache: SparseCache
+    selections: dict[Hashable, Selection]
+    prefill_s: float
+    select_s: dict[Hashable, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def prefill(
+    model: Any, input_ids: Tensor, requests: Sequence[Request], *, tokenizer: Any = None, seed: int = 0
+) -> Prefilled:
+    """Read one context [1, T] once for all `requests`.
+
+    `prefill_s` is the forward without the time that scoring took.
+    """
+    if input_ids.shape[0] != 1:
+        raise ConfigError(f"prefill reads one context, got a batch of {input_ids.shape[0]}")
+    prepare(model)
+    config = architecture.text_config(model)
+    cache = SparseCache(config)
+    cache.tokenizer, cache.seeds, cache.ids = tokenizer, (seed,), input_ids
+    by_layer = [r for r in requests if isinstance(r.policy, LayerPolicy)]
+    n_layers, length = architecture.num_layers(model), input_ids.shape[1]
+    heads = architecture.num_kv_heads(model)
+    kept = {r.key: torch.ones(1, n_layers, heads, length, dtype=torch.bool) for r in by_layer}
+    scores: dict[Hashable, list[Tensor]] = {}
+    spent: dict[Hashable, float] = {r.key: 0.0 for r in requests}
+    overhead = 0.0
+
+    def score(module: nn.Module, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        nonlocal overhead
+        layer = cache.layers[index]
+        if not isinstance(layer, SparseLayer):
+            return
+        start = time.perf_counter()
+        ((ctx, _),) = row_contexts(module, index, cache, layer, hidden, rotary)
+        shared: dict[int, tuple[Tensor, float]] = {}
+        for request in by_layer:
+            policy, begin = request.policy, time.perf_counter()
+            if not isinstance(policy, LayerPolicy):
+                continue
+            if not policy.scored:
+                kept[request.key][0, index] = policy.keep_layer(ctx, request.budget)[0].cpu()
+                spent[request.key] += time.perf_counter() - begin
+                continue
+            if policy.ratio_free and id(policy) in shared:
+                value, cost = shared[id(policy)]
+                spent[request.key] += cost
+            else:
+                value = policy.score_layer(ctx, request.budget)
+                cost = time.perf_counter() - begin
+                shared[id(policy)] = value, cost
+                spent[request.key] += cost
+            if request.budget.scope == "model":
+                scores.setdefault(request.key, []).append(value)
+                continue
+            begin = time.perf_counter()
+            kept[request.key][0, index] = keep_top(value[:, None], request.budget)[0, 0].cpu()
+            spent[request.key] += time.perf_counter() - begin
+        overhead += time.perf_counter() - start
+
+    begin = time.perf_counter()
+    with after_each_layer(model, score):
+        run_decoder(model, input_ids, cache, None)
+    elapsed = time.perf_counter() - begin - overhead
+
+    selections: dict[Hashable, Selection] = {}
+    context = TokenContext(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+        n_layers=n_layers,
+        n_kv_heads=heads,
+        compressible=tuple(cache.compressible),
+        tokenizer=tokenizer,
+        seeds=(seed,),
+    )
+    for request in requests:
+        begin = time.perf_counter()
+        if isinstance(request.policy, TokenPolicy):
+            selections[request.key] = request.policy.select(context, request.budget)
+        else:
+            if request.key in scores:
+                chosen = keep_top(torch.stack(scores[request.key], dim=1), request.budget)
+                kept[request.key][:, cache.compressible] = chosen.cpu()
+            selections[request.key] = Selection.from_kept(kept[request.key])
+        spent[request.key] += time.perf_counter() - begin
+    return Prefilled(cache, selections, elapsed, spent)
