@@ -1,4 +1,4 @@
-"""Which layers can be compressed, and where the parts of a model are: on tiny random models of every family."""
+"""Which layers can be compressed, and where the parts of a model are, on tiny models of every family."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Models: load them, fetch the embedded one, and say which of their layers can be compressed.
 
-Names resolve on first use, so that importing `sparsekv.models` (the command line does, for `--help`) loads no torch.
+Names resolve on first use: importing `sparsekv.models` loads no torch, since `sparsekv --help` must be quick.
 """
 
 from __future__ import annotations
