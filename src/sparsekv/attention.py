@@ -107,7 +107,9 @@ def sparsekv_attention(
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     compacted = layer is not None and not layer.intact
     if compacted and selection is not None:
-        raise ConfigError("selection= masks a whole context; it can't be given with a cache that has been compacted")
+        raise ConfigError(
+            "selection= masks a whole context; it can't be given with a cache that has been compacted"
+        )
     if layer is not None and compacted:
         output = attend_stored(layer, query, attention_mask, scaling)
     else:
@@ -122,8 +124,12 @@ def sparsekv_attention(
                 at, weight = selection.layer(layer_idx), selection.layer_log_weight(layer_idx)
                 bias = selection_bias(at, weight, attention_mask, query, key.shape[2])
         if bias is not None:
-            attention_mask = bias.repeat_interleave(query.shape[1] // bias.shape[1], 1) if bias.shape[1] > 1 else bias
-        output = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0]
+            attention_mask = (
+                bias.repeat_interleave(query.shape[1] // bias.shape[1], 1) if bias.shape[1] > 1 else bias
+            )
+        output = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )[0]
     if layer is not None and sparse_cache is not None and sparse_cache.decode is not None:
         evict_layer(sparse_cache, module, layer_idx, layer, layer_inputs)
     return output, None
@@ -172,11 +178,15 @@ def selection_bias(
     if log_weight is None:
         return visible & allowed
     log_weight = nn.functional.pad(log_weight, (0, total - log_weight.shape[-1])).to(query.dtype)
-    soft = torch.where(visible, torch.zeros((), dtype=query.dtype, device=query.device), log_weight[:, :, None, :])
+    soft = torch.where(
+        visible, torch.zeros((), dtype=query.dtype, device=query.device), log_weight[:, :, None, :]
+    )
     return soft.masked_fill(~(allowed & (evicted_at > 0)[:, :, None, :]), float("-inf"))
 
 
-def attend_stored(layer: SparseLayer, query: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
+def attend_stored(
+    layer: SparseLayer, query: Tensor, attention_mask: Tensor | None, scaling: float | None
+) -> Tensor:
     """Attention of the newest Q tokens over everything a layer stores. Returns [B, Q, Hq, D].
 
     The G query heads of a kv head are folded into its queries ([segments, G * Q, D]), which keeps SDPA on its fused
@@ -237,13 +247,32 @@ def prepare(model: Any) -> Any:
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = kvpress.attention_patch.attention_patch(sparsekv_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     plain = architecture.unwrap(model)
-    if plain.config._attn_implementation != ATTENTION or architecture.text_config(plain)._attn_implementation != ATTENTION:
+    if (
+        plain.config._attn_implementation != ATTENTION
+        or architecture.text_config(plain)._attn_implementation != ATTENTION
+    ):
         plain.set_attn_implementation(ATTENTION)
     for module in architecture.attention_modules(plain):
         if not getattr(module, _HOOKED, False):
             module.register_forward_pre_hook(_add_layer_inputs, with_kwargs=True)
             setattr(module, _HOOKED, True)
+    decoder = architecture.text_model(plain)
+    if not getattr(decoder, _HOOKED, False):
+        decoder.register_forward_pre_hook(_remember_ids, with_kwargs=True)
+        setattr(decoder, _HOOKED, True)
     return model
+
+
+def _remember_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Token policies that look at the text need the ids of what was generated."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, SparseCache) and cache.decode is not None and cache.ids is not None:
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+        if ids is None:
+            raise ConfigError(
+                "evicting by text while decoding needs input_ids; the model was given inputs_embeds"
+            )
+        cache.ids = torch.cat([cache.ids, ids.to(cache.ids.device, cache.ids.dtype)], dim=1)
 
 
 def _add_layer_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,15 @@ from sparsekv import architecture
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
-from sparsekv.policies.base import LayerContext, LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow, keep_top
+from sparsekv.policies.base import (
+    LayerContext,
+    LayerPolicy,
+    Policy,
+    TokenContext,
+    TokenPolicy,
+    TokenRow,
+    keep_top,
+)
 from sparsekv.policies.budget import Budget
 
 HIDDEN_TOKENS = 128
@@ -43,7 +51,9 @@ def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
     )
 
 
-def keep_by_tokens(cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget) -> Tensor:
+def keep_by_tokens(
+    cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget
+) -> Tensor:
     """BoolTensor [B, H, T seen]: what `policy` keeps of the entries that `layer` stores."""
     heads, seen = layer.n_kv_heads, layer.get_seq_length()
     device = layer.store.keys.device
@@ -52,9 +62,11 @@ def keep_by_tokens(cache: SparseCache, index: int, layer: SparseLayer, policy: T
     kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)
     segments = layer.columns()
     for row in range(cache.batch):
-        real = None if cache.real is None else nn.functional.pad(
-            cache.real[row], (0, seen - cache.real.shape[1]), value=True
-        ).to(device)
+        real = (
+            None
+            if cache.real is None
+            else nn.functional.pad(cache.real[row], (0, seen - cache.real.shape[1]), value=True).to(device)
+        )
         seed = cache.seeds[row] if cache.seeds else 0
         last: tuple[Tensor, Tensor] | None = None
         for head in range(heads):
@@ -64,9 +76,11 @@ def keep_by_tokens(cache: SparseCache, index: int, layer: SparseLayer, policy: T
             if last is not None and torch.equal(last[0], columns):
                 chosen = last[1]
             else:
-                ids = columns if cache.ids is None else cache.ids[row].to(device)[columns]
+                ids = columns if cache.ids is None else cache.ids[row].to(device).long()[columns]
                 n = len(columns)
-                chosen = policy.keep_row(TokenRow(ids, context, seed), stored_budget(budget, real_seen[row], n))
+                chosen = policy.keep_row(
+                    TokenRow(ids, context, seed), stored_budget(budget, real_seen[row], n)
+                )
                 last = (columns, chosen)
             of_layer = chosen[min(index, chosen.shape[0] - 1)]
             kept[row, head, columns] = of_layer[min(head, of_layer.shape[0] - 1)].to(device)
@@ -74,9 +88,14 @@ def keep_by_tokens(cache: SparseCache, index: int, layer: SparseLayer, policy: T
 
 
 def row_contexts(
-    module: nn.Module, index: int, cache: SparseCache, layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+    module: nn.Module,
+    index: int,
+    cache: SparseCache,
+    layer: SparseLayer,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
 ) -> list[tuple[LayerContext, Tensor]]:
-    """(context, columns) of every row without padding, right after the layer attended to the newest tokens.
+    """(context, columns [H, n]) of every row without padding, right after the layer attended to the newest tokens.
 
     Raises ConfigError where a layer policy can't see the stored entries as one dense tensor.
     """
@@ -90,17 +109,19 @@ def row_contexts(
     contexts = []
     stored_columns = layer.columns()
     for row in range(layer.batch):
-        columns = stored_columns[row * layer.n_kv_heads]
+        columns = torch.stack(stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads])
         start, n_hidden = 0, hidden.shape[1]
         if cache.real is not None:
-            real = nn.functional.pad(cache.real[row], (0, layer.get_seq_length() - cache.real.shape[1]), value=True)
+            real = nn.functional.pad(
+                cache.real[row], (0, layer.get_seq_length() - cache.real.shape[1]), value=True
+            )
             inside = real.to(columns.device)[columns]
-            start = int((~inside).sum())
-            if not bool(inside[start:].all()):
+            start = int((~inside[0]).sum())
+            if not bool(inside[:, start:].all()):
                 raise ConfigError("padding between tokens: layer policies need left padding only")
-            n_hidden = min(n_hidden, len(columns) - start)
+            n_hidden = min(n_hidden, columns.shape[1] - start)
         spot = min(row, cos.shape[0] - 1)
-        n = len(columns) - start
+        n = columns.shape[1] - start
         ctx = LayerContext(
             module=module,
             layer_idx=index,
@@ -110,7 +131,7 @@ def row_contexts(
             position_embeddings=(cos[spot : spot + 1, -n_hidden:], sin[spot : spot + 1, -n_hidden:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
         )
-        contexts.append((ctx, columns[start:]))
+        contexts.append((ctx, columns[:, start:]))
     return contexts
 
 
@@ -125,15 +146,17 @@ def keep_by_layer(
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
     """BoolTensor [B, H, T seen]: what a layer policy keeps of the entries that `layer` stores."""
-    kept = torch.zeros(layer.batch, layer.n_kv_heads, layer.get_seq_length(), dtype=torch.bool, device=hidden.device)
+    kept = torch.zeros(
+        layer.batch, layer.n_kv_heads, layer.get_seq_length(), dtype=torch.bool, device=hidden.device
+    )
     real_seen = cache.real_seen().tolist()
     for row, (ctx, columns) in enumerate(row_contexts(module, index, cache, layer, hidden, rotary)):
-        use = stored_budget(budget, real_seen[row], len(columns))
+        use = stored_budget(budget, real_seen[row], columns.shape[1])
         if policy.scored and use.scope != "model":
             chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
         else:
             chosen = policy.keep_layer(ctx, use)[0]
-        kept[row][:, columns] = chosen
+        kept[row].scatter_(-1, columns, chosen)
     return kept
 
 
@@ -154,7 +177,9 @@ def keep_in_layer(
         return keep_by_tokens(cache, index, layer, policy, budget)
     if isinstance(policy, LayerPolicy):
         return keep_by_layer(module, index, cache, layer, policy, budget, hidden, rotary)
-    raise ConfigError(f"method {policy.name!r} runs the model itself; it works only right after a whole prefill")
+    raise ConfigError(
+        f"method {policy.name!r} runs the model itself; it works only right after a whole prefill"
+    )
 
 
 def evict_layer(
@@ -174,10 +199,14 @@ def evict_layer(
     n_stored = int(layer.stored().max())
     if decode.budget.given and n_stored <= int(decode.budget.n_kept(cache.seen)):
         return
-    layer.keep(keep_in_layer(cache, module, index, decode.policy, decode.budget, hidden, rotary), cache.rotation())
+    layer.keep(
+        keep_in_layer(cache, module, index, decode.policy, decode.budget, hidden, rotary), cache.rotation()
+    )
 
 
-def _remember(layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _remember(
+    layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The newest hidden states of this layer, with their rotary embeddings, for observation windows."""
     parts = (hidden, *(x.expand(hidden.shape[0], -1, -1) for x in rotary))
     held = layer.recent_inputs

@@ -111,7 +111,9 @@ def compress(
     if every < 1:
         raise ConfigError(f"every must be at least 1 token, got {every}")
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ConfigError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
+        raise ConfigError(
+            f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}"
+        )
     policy = make_policy(policy) if isinstance(policy, str) else policy
     budget = as_budget(budget)
     prepare(model)
@@ -130,8 +132,9 @@ def compress(
         )
     else:
         _read(plain, input_ids, cache, policy, budget, chunk)
-    if phase != "prefill":
-        cache.decode = DecodeEviction(policy, budget, every)
+    if not (isinstance(policy, TokenPolicy) and policy.needs_ids and phase != "prefill"):
+        cache.ids = None
+    cache.decode = DecodeEviction(policy, budget, every) if phase != "prefill" else None
     cache.check_attention()
     return cache
 
@@ -148,9 +151,13 @@ def _cache_for(
         cache = SparseCache(model.config)
     elif not isinstance(cache, SparseCache):
         kind = type(cache).__name__ if isinstance(cache, Cache) else type(cache)
-        raise ConfigError(f"cache must be a SparseCache, got {kind}: static and quantized caches can't be compacted")
+        raise ConfigError(
+            f"cache must be a SparseCache, got {kind}: static and quantized caches can't be compacted"
+        )
     if cache.seen >= input_ids.shape[1]:
-        raise ConfigError(f"the cache has seen {cache.seen} tokens, but the sequence given has {input_ids.shape[1]}")
+        raise ConfigError(
+            f"the cache has seen {cache.seen} tokens, but the sequence given has {input_ids.shape[1]}"
+        )
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ConfigError(
@@ -164,14 +171,19 @@ def _cache_for(
         steps = cache.real.long().diff(dim=1)
         if cache.intact and bool((steps < 0).any()):
             raise ConfigError("attention_mask has padding after real tokens; pad on the left")
-    cache.ids = input_ids
+    cache.ids = input_ids.to(torch.int32)
     cache.tokenizer = tokenizer if tokenizer is not None else cache.tokenizer
     cache.seeds = seeds if seeds is not None else cache.seeds
     return cache
 
 
 def _read(
-    model: Any, input_ids: Tensor, cache: SparseCache, policy: Policy | None, budget: Budget, chunk: int | None
+    model: Any,
+    input_ids: Tensor,
+    cache: SparseCache,
+    policy: Policy | None,
+    budget: Budget,
+    chunk: int | None,
 ) -> None:
     """Run the model over the tokens that the cache has not seen, evicting after each chunk."""
     start, total = cache.seen, input_ids.shape[1]
@@ -179,7 +191,9 @@ def _read(
     single = step >= total - start
     if isinstance(policy, ModelPolicy) or (isinstance(policy, TokenPolicy) and policy.own_prefill):
         if start or not single:
-            raise ConfigError(f"method {policy.name!r} reads the whole context at once: no chunk and no later turn")
+            raise ConfigError(
+                f"method {policy.name!r} reads the whole context at once: no chunk and no later turn"
+            )
         _read_whole(model, input_ids, cache, policy, budget)
         return
     if isinstance(policy, LayerPolicy) and budget.scope == "model" and (start or not single):
@@ -194,7 +208,11 @@ def _read(
         scores: list[Tensor] = []
 
         def evict(
-            module: nn.Module, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], into: list[Tensor] = scores
+            module: nn.Module,
+            index: int,
+            hidden: Tensor,
+            rotary: tuple[Tensor, Tensor],
+            into: list[Tensor] = scores,
         ) -> None:
             if policy is None:
                 return
@@ -297,7 +315,9 @@ def greedy_decode(
             total = cache.seen + ids.shape[1]
             mask = nn.functional.pad(real[active], (0, total - real.shape[1]), value=True).long()
             arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]}
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments).logits
+        logits = model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
+        ).logits
         ids = logits[:, -1].argmax(dim=-1, keepdim=True)
         going = torch.ones(len(active), dtype=torch.bool)
         for place, (row, token) in enumerate(zip(active.tolist(), ids[:, 0].tolist(), strict=True)):

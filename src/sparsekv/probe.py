@@ -42,7 +42,9 @@ def after_each_layer(model: Any, callback: AfterLayer) -> Iterator[None]:
     decoder = architecture.text_model(model)
     try:
         for index in architecture.compressible_layers(model):
-            modules[index].rotary_emb = decoder.rotary_emb  # kvpress presses read it from the attention module
+            modules[
+                index
+            ].rotary_emb = decoder.rotary_emb  # kvpress presses read it from the attention module
             handles.append(modules[index].register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -106,7 +108,7 @@ def prefill(
     prepare(model)
     config = architecture.text_config(model)
     cache = SparseCache(config)
-    cache.tokenizer, cache.seeds, cache.ids = tokenizer, (seed,), input_ids
+    cache.tokenizer, cache.seeds = tokenizer, (seed,)
     by_layer = [r for r in requests if isinstance(r.policy, LayerPolicy)]
     n_layers, length = architecture.num_layers(model), input_ids.shape[1]
     heads = architecture.num_kv_heads(model)

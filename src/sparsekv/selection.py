@@ -67,7 +67,9 @@ class Selection:
     # ---- construction -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_kept(cls, kept: Tensor, *, context_len: int | None = None, pad: Tensor | None = None) -> Selection:
+    def from_kept(
+        cls, kept: Tensor, *, context_len: int | None = None, pad: Tensor | None = None
+    ) -> Selection:
         """Entries that are not `kept` leave once the context has been read.
 
         Parameters
@@ -172,7 +174,9 @@ def stack(selections: Sequence[Selection]) -> Selection:
     """Selections over the same columns as one batch; shared layers and heads are expanded where they differ."""
     n_layers = max(s.shape[1] for s in selections)
     n_heads = max(s.shape[2] for s in selections)
-    return Selection(torch.cat([s.evicted_at.expand(-1, n_layers, n_heads, -1) for s in selections]).contiguous())
+    return Selection(
+        torch.cat([s.evicted_at.expand(-1, n_layers, n_heads, -1) for s in selections]).contiguous()
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,9 @@ class SelectionTrace:
         single = selection.row(row)
         kept = []
         for step in steps:
-            at_step = [[(h - pad).to(torch.int32) for h in single.slots(i, step)[0]] for i in range(single.shape[1])]
+            at_step = [
+                [(h - pad).to(torch.int32) for h in single.slots(i, step)[0]] for i in range(single.shape[1])
+            ]
             kept.append(at_step)
         return cls(steps=[s - pad for s in steps], kept=kept, length=selection.shape[-1] - pad)
 
@@ -232,7 +238,9 @@ class SelectionTrace:
 
         flat = [h for step in self.kept for layer in step for h in layer]
         sizes = torch.tensor([h.numel() for h in flat], dtype=torch.int64)
-        shape = torch.tensor([len(self.kept), len(self.kept[0]) if self.kept else 0, self._heads(), self.length])
+        shape = torch.tensor(
+            [len(self.kept), len(self.kept[0]) if self.kept else 0, self._heads(), self.length]
+        )
         target = Path(path)
         temporary = target.with_name(target.name + ".tmp")
         tensors = {

@@ -31,7 +31,9 @@ from sparsekv.errors import ConfigError
 LAYER_ATTRIBUTE = "_sparsekv_layer"
 """Set on the tensors that `update` returns, so that the attention function finds the layer."""
 
-_GROWTH = 64  # spare slots per segment when single tokens are appended: one copy of the prefix every 64 tokens
+_GROWTH = (
+    64  # spare slots per segment when single tokens are appended: one copy of the prefix every 64 tokens
+)
 
 
 @dataclass
@@ -74,7 +76,9 @@ class SparseLayer(CacheLayerMixin):
         self._store: _Store | None = None
         self._protected = 0  # tail slots of the present buffer that a snapshot still needs
         self.n_kv_heads = 0
-        self.recent_inputs: tuple[Tensor, ...] | None = None  # newest hidden states, for layer policies while decoding
+        self.recent_inputs: tuple[Tensor, ...] | None = (
+            None  # newest hidden states, for layer policies while decoding
+        )
 
     # transformers reads these on some paths; they exist only while the layer is dense
     @property
@@ -158,7 +162,14 @@ class SparseLayer(CacheLayerMixin):
         if self._store is None:
             return 0
         store = self._store
-        tensors = [store.keys, store.values, store.columns, store.moved, store.origin, *(self.recent_inputs or ())]
+        tensors = [
+            store.keys,
+            store.values,
+            store.columns,
+            store.moved,
+            store.origin,
+            *(self.recent_inputs or ()),
+        ]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None) + 8 * len(store.counts)
 
     def groups(self) -> Iterator[Group]:
@@ -212,9 +223,13 @@ class SparseLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         batch, heads, n_new, _ = key_states.shape
         if self._store is None:
-            flat_keys, flat_values = (_owned(x.reshape(batch * heads * n_new, -1)) for x in (key_states, value_states))
+            flat_keys, flat_values = (
+                _owned(x.reshape(batch * heads * n_new, -1)) for x in (key_states, value_states)
+            )
             none = torch.zeros(0, dtype=torch.int32, device=key_states.device)
-            self._store = _Store(flat_keys, flat_values, none, (0,) * (batch * heads), n_new, n_new, n_new, batch)
+            self._store = _Store(
+                flat_keys, flat_values, none, (0,) * (batch * heads), n_new, n_new, n_new, batch
+            )
         else:
             self._append(key_states, value_states)
         keys, values = self.dense() if self.is_uniform else (key_states.view_as(key_states), value_states)
@@ -224,7 +239,9 @@ class SparseLayer(CacheLayerMixin):
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         store, n_new = self.store, key_states.shape[2]
         if key_states.shape[0] != store.batch:
-            raise ConfigError(f"the cache holds {store.batch} rows, the model was given {key_states.shape[0]}")
+            raise ConfigError(
+                f"the cache holds {store.batch} rows, the model was given {key_states.shape[0]}"
+            )
         if store.tail + n_new > store.room or store.tail < self._protected:
             spare = n_new if n_new > 1 else _GROWTH
             self._relayout(room=store.tail + spare)
@@ -411,7 +428,9 @@ class SparseLayer(CacheLayerMixin):
         column = torch.arange(store.seen, device=store.keys.device)
         moved_before = store.moved is not None
         if moved_before:
-            raise ConfigError("a re-rotated cache can't be cropped into its compacted part; use snapshot and restore")
+            raise ConfigError(
+                "a re-rotated cache can't be cropped into its compacted part; use snapshot and restore"
+            )
         self.keep((column < length)[None, None].expand(store.batch, 1, -1))
         self._store = replace(self.store, seen=length)
 

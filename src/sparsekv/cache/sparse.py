@@ -103,7 +103,9 @@ class SparseCache(Cache):
             if index in self.compressible:
                 layers.append(SparseLayer())
             elif window is None:
-                raise ConfigError(f"layer {index} has a sliding window, but the config names no sliding_window")
+                raise ConfigError(
+                    f"layer {index} has a sliding window, but the config names no sliding_window"
+                )
             else:
                 layers.append(WindowLayer(window))
         super().__init__(layers=layers)
@@ -237,7 +239,9 @@ class SparseCache(Cache):
     def _fitting(self, selection: Selection) -> Selection:
         columns = selection.shape[-1]
         if columns > self.seen:
-            raise ConfigError(f"the selection covers {columns} columns, the cache has seen {self.seen} tokens")
+            raise ConfigError(
+                f"the selection covers {columns} columns, the cache has seen {self.seen} tokens"
+            )
         return selection.extend(self.seen) if columns < self.seen else selection
 
     def _removes(self, selection: Selection) -> bool:

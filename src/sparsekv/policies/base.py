@@ -135,6 +135,9 @@ class TokenPolicy(Policy):
 
     route = "tokens"
 
+    needs_ids: ClassVar[bool] = True
+    """False if only positions count: then no token ids are remembered while decoding."""
+
     @abstractmethod
     def keep_row(self, row: TokenRow, budget: Budget) -> Tensor:
         """BoolTensor [L or 1, H or 1, n]: what stays of a row once it has been read.
