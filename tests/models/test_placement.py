@@ -47,7 +47,9 @@ def test_named_dtypes():
         torch.float16,
     ]
     assert [resolve_dtype(name, CPU) for name in names] == expected
-    with pytest.raises(ConfigError, match=r"unknown dtype 'bloat16' \(did you mean 'bfloat16'\?\); allowed: auto"):
+    with pytest.raises(
+        ConfigError, match=r"unknown dtype 'bloat16' \(did you mean 'bfloat16'\?\); allowed: auto"
+    ):
         resolve_dtype("bloat16", CPU)
     with pytest.raises(ConfigError, match=r"unknown dtype 'int8'.*; allowed: auto, float32"):
         resolve_dtype(torch.int8, CPU)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+
+
 def load_model(
     name: str,
     *,
@@ -69,7 +72,6 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
-            **source.hub,
         )
     except (OSError, ValueError, RuntimeError, ImportError, _safetensors_error()) as error:
         raise ConfigError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
@@ -147,7 +149,7 @@ def _load_config(name: str, source: ModelSource, trust_remote_code: bool) -> Any
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.hub)
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {name!r}: its config.json cannot be read: {one_line(error)}") from error
 
@@ -155,9 +157,13 @@ def _load_config(name: str, source: ModelSource, trust_remote_code: bool) -> Any
 def _load_tokenizer(name: str, source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    folder = Path(source.path)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        # transformers would make up a tokenizer of three tokens
+        raise ConfigError(f"model folder {name!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, padding_side="left", **source.hub
+            source.path, trust_remote_code=trust_remote_code, padding_side="left"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"model {name!r}: its tokenizer cannot be loaded: {one_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ class ModelSource:
     Args:
         path: what transformers' `from_pretrained` is given: a local folder or a Hub id.
         adapter: LoRA adapter folder to put on top, or None.
-        hub: keyword arguments that every `from_pretrained` of this source needs.
     """
 
     path: str
     adapter: Path | None = None
-    hub: dict[str, Any] = field(default_factory=dict)
 
 
 def locate_model(name: str, adapter: str | Path | None = None) -> ModelSource:
@@ -69,7 +67,7 @@ def locate_model(name: str, adapter: str | Path | None = None) -> ModelSource:
     if not _HUB_ID.fullmatch(name):
         error = unknown("model", name, MODELS.names())
         raise ConfigError(f"{error}, a Hub id (owner/name) or a local folder")
-    return ModelSource(name, adapter_folder, hub_arguments(name))
+    return ModelSource(locate_on_hub(name), adapter_folder)
 
 
 def check_adapter_folder(adapter: str | Path) -> Path:
@@ -91,10 +89,11 @@ def check_adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
-def hub_arguments(name: str) -> dict[str, Any]:
-    """How to load a Hub model: {} if the Hub answers, else {"local_files_only": True} for its cached copy.
+def locate_on_hub(name: str) -> str:
+    """What to load a Hub model from: its id if the Hub answers, else the folder of its cached copy.
 
-    transformers retries an unreachable Hub for half a minute per file, hence one short question first.
+    transformers retries an unreachable Hub for half a minute, `local_files_only` or not: hence one short
+    question first, and a plain folder then.
 
     Raises:
         ConfigError: the Hub has no such model, refuses it, or cannot be reached and there is no copy.
@@ -108,36 +107,39 @@ def hub_arguments(name: str) -> dict[str, Any]:
         RepositoryNotFoundError,
     )
 
+    cause: Exception
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+        return name
     except GatedRepoError as error:
-        if not is_cached(name):
-            raise ConfigError(
-                f"model {name!r} is gated: accept its terms on the Hub and log in first"
-            ) from error
+        reason = "is gated: accept its terms on the Hub and log in first"
+        cause = error
     except RepositoryNotFoundError as error:
         hint = _hint(name, _known_hub_ids())
         raise ConfigError(
-            f"model {name!r} is not on the Hub, or is private{hint}; no such local folder"
+            f"model {name!r} is not a local folder, and not on the Hub or private{hint}"
         ) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        if not is_cached(name):
-            raise ConfigError(
-                f"model {name!r} is not in the local Hub cache and the Hub cannot be reached (offline)"
-                f"{_hint(name, _known_hub_ids())}{_embedded_hint(name)}; no such local folder either"
-            ) from error
-        return {"local_files_only": True}
-    return {}
+        hint = _hint(name, _known_hub_ids()) + _embedded_hint(name)
+        reason = f"is not a local folder, not in the Hub cache, and the Hub cannot be reached{hint}"
+        cause = error
+    folder = cached_folder(name)
+    if folder is None:
+        raise ConfigError(f"model {name!r} {reason}") from cause
+    return str(folder)
 
 
-def is_cached(name: str) -> bool:
-    """Whether the Hub's local cache holds this model's config and its safetensors, or their index."""
+def cached_folder(name: str) -> Path | None:
+    """A Hub model's folder in the Hub's local cache; None unless its config and safetensors are there."""
     from huggingface_hub import try_to_load_from_cache
 
-    def has(file: str) -> bool:
-        return isinstance(try_to_load_from_cache(name, file), str)
-
-    return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
+    config, *weights = (
+        try_to_load_from_cache(name, file)
+        for file in ("config.json", "model.safetensors", "model.safetensors.index.json")
+    )
+    return (
+        Path(config).parent if isinstance(config, str) and any(isinstance(w, str) for w in weights) else None
+    )
 
 
 def _base_of_adapter(adapter: Path) -> ModelSource:
@@ -148,7 +150,7 @@ def _base_of_adapter(adapter: Path) -> ModelSource:
             f"adapter {str(adapter)!r} does not name its base model; give the base as the model's name"
         )
     embedded = embedded_by_public_id(base)
-    if embedded is not None and not Path(base).is_dir() and not is_cached(base):
+    if embedded is not None and not Path(base).is_dir() and cached_folder(base) is None:
         print_progress(
             f"adapter {adapter}: its base {base} is not cached; using {embedded.name!r} ({embedded.weights})"
         )
@@ -161,7 +163,7 @@ def _base_of_adapter(adapter: Path) -> ModelSource:
         raise ConfigError(
             f"base of adapter {str(adapter)!r} is an adapter itself: {base!r}; merge that one first"
         )
-    return ModelSource(source.path, adapter, source.hub)
+    return ModelSource(source.path, adapter)
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
