@@ -248,8 +248,8 @@ def test_hub_id_offline(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load_model("HuggingFaceTB/SmolLM2-135M-Instrukt")
     assert str(caught.value) == (
-        "model 'HuggingFaceTB/SmolLM2-135M-Instrukt' is not a local folder, not in the Hub cache, and the Hub "
-        "cannot be reached (did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?)"
+        "model 'HuggingFaceTB/SmolLM2-135M-Instrukt' is not a local folder, not in the Hub cache, and the"
+        " Hub cannot be reached (did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?)"
     )
     with pytest.raises(ConfigError, match="the embedded 'smollm2' is this model in 4-bit weights"):
         load_model("HuggingFaceTB/SmolLM2-135M-Instruct")

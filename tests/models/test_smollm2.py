@@ -5,24 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekv.models import (
-    check_supported,
-    compressible_layers,
-    fetch_model,
-    head_dim,
-    load_model,
-    load_tokenizer,
-    max_context,
-    num_kv_heads,
-)
+from sparsekv.architecture import check_supported, compressible_layers, head_dim, max_context, num_kv_heads
+from sparsekv.models import fetch_model, load_model, load_tokenizer
 
 pytestmark = pytest.mark.real_model
 
 ENGLISH = (
     "The water cycle describes the continuous movement of water on, above and below the surface of the Earth."
     " Heat from the Sun evaporates water from oceans and lakes. The vapour rises into the air, cools and "
-    "condenses into clouds, and later falls as rain or snow. Some of this water sinks into the ground and becomes "
-    "groundwater, while the rest runs off into rivers, which carry it back to the sea."
+    "condenses into clouds, and later falls as rain or snow. Some of this water sinks into the ground and "
+    "becomes groundwater, while the rest runs off into rivers, which carry it back to the sea."
 )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsekv.architecture import check_supported
 from sparsekv.errors import ConfigError
 from sparsekv.models.locate import ModelSource, locate_model
 from sparsekv.models.placement import resolve_device, resolve_dtype
-from sparsekv.models.support import check_supported
 
 if TYPE_CHECKING:
     import torch

@@ -158,7 +158,9 @@ def _base_of_adapter(adapter: Path) -> ModelSource:
     try:
         source = locate_model(base)
     except ConfigError as error:
-        raise ConfigError(f"base of adapter {str(adapter)!r}: {error}") from error
+        raise ConfigError(
+            f"base of adapter {str(adapter)!r}: {error}; or give another base's name, and this folder as its adapter"
+        ) from error
     if source.adapter is not None:
         raise ConfigError(
             f"base of adapter {str(adapter)!r} is an adapter itself: {base!r}; merge that one first"

@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from sparsekv import architecture
 from sparsekv.errors import ConfigError
-from sparsekv.models import support
 
 TINY = {
     "vocab_size": 64,
@@ -61,12 +61,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_compressible_layers_and_sizes(name):
     config, compressible, head_dim = CASES[name]
-    assert support.compressible_layers(config) == compressible
-    assert support.head_dim(config) == head_dim
-    assert support.num_kv_heads(config) == 2
-    assert support.num_query_heads(config) == 4
-    assert support.num_layers(config) == 4
-    assert support.max_context(config) == 128
+    assert architecture.compressible_layers(config) == compressible
+    assert architecture.head_dim(config) == head_dim
+    assert architecture.num_kv_heads(config) == 2
+    assert architecture.num_query_heads(config) == 4
+    assert architecture.num_layers(config) == 4
+    assert architecture.max_context(config) == 128
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,17 +74,17 @@ def test_layer_types_agree_with_the_cache_that_transformers_builds(name):
     config, _, _ = CASES[name]
     stock = DynamicCache(config=config).layers
     expected = [i for i, layer in enumerate(stock) if not isinstance(layer, DynamicSlidingWindowLayer)]
-    assert support.compressible_layers(config) == expected
-    assert len(support.layer_types(config)) == len(stock)
+    assert architecture.compressible_layers(config) == expected
+    assert len(architecture.layer_types(config)) == len(stock)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "gemma3"])
 def test_module_lookup_finds_the_layers_and_their_caches(name):
     config, _, head_dim = CASES[name]
     model = AutoModelForCausalLM.from_config(config)
-    layers = support.decoder_layers(model)
+    layers = architecture.decoder_layers(model)
     assert layers == list(model.model.layers)
-    assert [m.layer_idx for m in support.attention_modules(model)] == [0, 1, 2, 3]
+    assert [m.layer_idx for m in architecture.attention_modules(model)] == [0, 1, 2, 3]
     with torch.no_grad():
         cache = model(torch.arange(1, 7)[None]).past_key_values
     assert all(layer.keys.shape == (1, 2, 6, head_dim) for layer in cache.layers)
@@ -103,10 +103,10 @@ def test_multimodal_gemma3_is_read_through_its_text_decoder():
         },
     )
     model = Gemma3ForConditionalGeneration(config)
-    assert support.decoder_layers(model) == list(model.model.language_model.layers)
-    assert support.text_model(model).rotary_emb is model.model.language_model.rotary_emb
-    assert support.compressible_layers(model) == [1, 3]
-    support.check_supported(model)
+    assert architecture.decoder_layers(model) == list(model.model.language_model.layers)
+    assert architecture.text_model(model).rotary_emb is model.model.language_model.rotary_emb
+    assert architecture.compressible_layers(model) == [1, 3]
+    architecture.check_supported(model)
 
 
 def test_peft_wrapper_is_looked_through():
@@ -115,15 +115,15 @@ def test_peft_wrapper_is_looked_through():
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
     layers = list(plain.model.layers)
     wrapped = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert support.unwrap(wrapped) is plain
-    assert support.unwrap(plain) is plain
-    assert support.decoder_layers(wrapped) == layers
-    assert support.compressible_layers(wrapped) == [0, 1, 2, 3]
+    assert architecture.unwrap(wrapped) is plain
+    assert architecture.unwrap(plain) is plain
+    assert architecture.decoder_layers(wrapped) == layers
+    assert architecture.compressible_layers(wrapped) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "mistral_window"])
 def test_supported_families_pass(name):
-    support.check_supported(CASES[name][0])
+    architecture.check_supported(CASES[name][0])
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_supported_families_pass(name):
 )
 def test_unsupported_models_are_refused_in_one_line(config, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        support.check_supported(config)
+        architecture.check_supported(config)
     assert "\n" not in str(caught.value)
 
 
 def test_module_tree_without_decoder_layers_is_refused():
     with pytest.raises(ConfigError, match="Linear has no decoder layers"):
-        support.decoder_layers(nn.Linear(2, 2))
+        architecture.decoder_layers(nn.Linear(2, 2))
