@@ -1,0 +1,125 @@
+"""What a tokenizer's tokens are: special, punctuation, or a piece of a character. Decoded once each."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNSEEN, _OTHER, _PUNCTUATION, _PIECE = -1, 0, 1, 2
+
+_REPLACEMENT = "\ufffd"
+"""What a decoder writes for bytes that are no whole character."""
+
+_MAX_PIECES = 8
+"""A character has at most 4 bytes, but a piece may end one character and begin the next: allow a chain."""
+
+
+def is_punctuation(text: str, extra: tuple[str, ...] = ()) -> bool:
+    """True if `text`, without outer white space, is Unicode punctuation (P*) and strings of `extra`."""
+    rest = text
+    for mark in sorted(extra, key=len, reverse=True):
+        rest = rest.replace(mark, "")
+    found_extra = len(rest) < len(text)
+    rest = rest.strip()
+    return (bool(rest) or found_extra) and all(unicodedata.category(c).startswith("P") for c in rest)
+
+
+class Vocabulary:
+    """A table of what a tokenizer's tokens are.
+
+    A token is decoded when it is first met, so that a vocabulary of 260,000 costs nothing in advance. The
+    table does not hold the tokenizer (it is kept under a weak reference to it), so the methods take it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, extra_punctuation: tuple[str, ...] = ()) -> None:
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = torch.tensor(sorted(added | set(tokenizer.all_special_ids)), dtype=torch.long)
+        self.extra_punctuation = extra_punctuation
+        self._kind = torch.full((len(tokenizer),), _UNSEEN, dtype=torch.int8)
+        self._joined: dict[tuple[int, ...], bool | None] = {}
+
+    def special(self, ids: Tensor) -> Tensor:
+        """BoolTensor [n] on the CPU: the special tokens among `ids` [n]."""
+        return torch.isin(ids.cpu(), self.special_ids)
+
+    def punctuation(self, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """BoolTensor [n] on the CPU: punctuation among `ids` [n]; of a mark split over tokens, all pieces."""
+        ids = ids.cpu()
+        kind = self._kinds(ids, tokenizer)
+        found = kind == _PUNCTUATION
+        piece = (kind == _PIECE).tolist()
+        sequence = ids.tolist()
+        i = 0
+        while i < len(sequence):
+            end = self._character_end(sequence, piece, i, tokenizer) if piece[i] else None
+            if end is None:
+                i += 1
+                continue
+            if self._joined[tuple(sequence[i:end])]:
+                found[i:end] = True
+            i = end
+        return found
+
+    def _kinds(self, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Int8Tensor [n]: the kind of each token taken alone."""
+        largest = int(ids.max()) if ids.numel() else -1
+        if largest >= self._kind.numel():  # models pad their embedding beyond the tokenizer's vocabulary
+            more = torch.full((largest + 1 - self._kind.numel(),), _UNSEEN, dtype=torch.int8)
+            self._kind = torch.cat([self._kind, more])
+        unseen = ids.unique()
+        for token in unseen[self._kind[unseen] == _UNSEEN].tolist():
+            text = _decode(tokenizer, [token])
+            if _REPLACEMENT in text:
+                kind = _PIECE
+            else:
+                kind = _PUNCTUATION if is_punctuation(text, self.extra_punctuation) else _OTHER
+            self._kind[token] = kind
+        return self._kind[ids]
+
+    def _character_end(
+        self, sequence: list[int], piece: list[bool], start: int, tokenizer: PreTrainedTokenizerBase
+    ) -> int | None:
+        """End of the shortest run of pieces from `start` that spells whole characters, None if there is none.
+
+        What it spells is left in `_joined`: True for punctuation, False for anything else, None for broken
+        bytes.
+        """
+        for end in range(start + 2, min(start + _MAX_PIECES, len(sequence)) + 1):
+            if not piece[end - 1]:
+                return None
+            run = tuple(sequence[start:end])
+            if run not in self._joined:
+                text = _decode(tokenizer, list(run))
+                whole = _REPLACEMENT not in text
+                self._joined[run] = is_punctuation(text, self.extra_punctuation) if whole else None
+            if self._joined[run] is not None:
+                return end
+        return None
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, extra_punctuation: tuple[str, ...] = ()) -> Vocabulary:
+    """The table of `tokenizer`, made on first use and kept as long as the tokenizer lives.
+
+    Tokens added to the tokenizer later make a new table.
+    """
+    tables = _TABLES.setdefault(tokenizer, {})
+    key = (extra_punctuation, len(tokenizer))
+    if key not in tables:
+        tables[key] = Vocabulary(tokenizer, extra_punctuation)
+    return tables[key]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+_TABLES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[tuple[str, ...], int], Vocabulary]] = (
+    WeakKeyDictionary()
+)
