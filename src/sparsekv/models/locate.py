@@ -159,7 +159,7 @@ def _base_of_adapter(adapter: Path) -> ModelSource:
         source = locate_model(base)
     except ConfigError as error:
         raise ConfigError(
-            f"base of adapter {str(adapter)!r}: {error}; or give another base's name, and this folder as its adapter"
+            f"base of adapter {str(adapter)!r}: {error}; or name another base, with this adapter on it"
         ) from error
     if source.adapter is not None:
         raise ConfigError(
