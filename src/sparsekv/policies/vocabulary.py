@@ -110,7 +110,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, extra_punctuation: tuple[s
     Tokens added to the tokenizer later make a new table.
     """
     tables = _TABLES.setdefault(tokenizer, {})
-    key = (extra_punctuation, len(tokenizer))
+    key = (extra_punctuation, len(tokenizer.added_tokens_decoder))  # len(tokenizer) copies the vocabulary
     if key not in tables:
         tables[key] = Vocabulary(tokenizer, extra_punctuation)
     return tables[key]
