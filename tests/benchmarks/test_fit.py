@@ -13,12 +13,15 @@ from sparsekv.errors import ConfigError
 class Counter:
     """Counts the tokens that a table gives for n units; a prompt's context is n in decimal."""
 
-    def __init__(self, totals: list[int]) -> None:
-        self.totals, self.calls = totals, 0
+    def __init__(self, totals: list[int], seams: int = 0) -> None:
+        self.totals, self.seams, self.calls = totals, seams, 0
 
-    def prompt(self, prompt: Prompt, limit: int | None = None) -> int:
+    def whole(self, prompt: Prompt) -> int:
         self.calls += 1
         return self.totals[int(prompt.context)]
+
+    def pieces(self, prompt: Prompt) -> int:
+        return self.totals[int(prompt.context)] + self.seams
 
 
 def draft(least: int, most: int | None, per_unit: float) -> Draft:
@@ -85,12 +88,21 @@ def test_counter_leaves_special_tokens_out_but_tells_them(bpe, bpe_with_bos):
     assert (TokenCounter(bpe).added, TokenCounter(bpe_with_bos).added) == (0, 1)
 
 
-def test_counter_takes_the_larger_of_one_piece_and_three(bpe):
+def test_one_piece_and_three(bpe):
     count = TokenCounter(bpe)
     prompt = Prompt("a woman", "ly man? ", "The answer", ("x",))
-    pieces = sum(count(piece) for piece in ("a woman", "ly man? ", "The answer"))
-    assert count("a womanly man? The answer") < pieces
-    assert count.prompt(prompt, 10**6) == pieces
+    assert count.whole(prompt) == len(bpe("a womanly man? The answer")["input_ids"])
+    assert count.pieces(prompt) == sum(count(piece) for piece in ("a woman", "ly man? ", "The answer"))
+    assert count.whole(prompt) < count.pieces(prompt)
+
+
+def test_the_seams_between_the_pieces_must_fit_too():
+    counter = Counter([25 * n + 60 for n in range(100)], seams=2)
+    assert largest_fit(draft(1, None, 25.0), counter, 987)[0] == 37  # 985 and 987
+    assert largest_fit(draft(1, None, 25.0), counter, 986)[0] == 36
+    with pytest.raises(TooShort) as caught:
+        largest_fit(draft(37, None, 25.0), counter, 986)
+    assert caught.value.tokens == 987
 
 
 def test_a_tokenizer_without_vocabulary_is_refused():

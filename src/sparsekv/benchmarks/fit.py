@@ -63,24 +63,28 @@ class TokenCounter:
 
     def __call__(self, text: str) -> int:
         """Number of tokens of `text`."""
-        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return len(encoded["input_ids"])
 
-    def prompt(self, prompt: Prompt, limit: int | None = None) -> int:
-        """Number of tokens of a prompt: in one piece, as RULER counts, or in the three pieces, if those have
-        more.
+    def whole(self, prompt: Prompt) -> int:
+        """Number of tokens of a prompt in one piece, as RULER counts."""
+        return self(prompt.context + prompt.question + prompt.answer_prefix)
 
-        Where the one piece exceeds `limit` the pieces are not counted: what is over is over.
-        """
-        whole = self(prompt.context + prompt.question + prompt.answer_prefix)
-        if limit is not None and whole > limit:
-            return whole
-        return max(whole, self(prompt.context) + self(prompt.question) + self(prompt.answer_prefix))
+    def pieces(self, prompt: Prompt) -> int:
+        """Number of tokens of a prompt in three pieces, as it is fed; often one or two more."""
+        return self(prompt.context) + self(prompt.question) + self(prompt.answer_prefix)
 
 
 def largest_fit(
     draft: Draft, count: TokenCounter, limit: int, guess: int | None = None
 ) -> tuple[int, Prompt]:
-    """The n for which n units fit into `limit` tokens and n + 1 do not, and its prompt.
+    """The largest number of units with which a prompt fits, in one piece and in three, and that prompt.
 
     Token counts need not grow by the same amount with every unit, nor always grow: what is returned fits, and
     one unit more does not.
@@ -94,17 +98,15 @@ def largest_fit(
     Raises:
         TooShort: `draft.least` units do not fit.
     """
-    fits: tuple[int, Prompt] | None = None
     low, high = draft.least - 1, None if draft.most is None else draft.most + 1
     n = max(draft.least, int(limit / draft.tokens_per_unit) if guess is None else guess)
     if high is not None:
         n = min(n, high - 1)
     per_unit, last, steps = draft.tokens_per_unit, None, 0
     while high is None or high - low > 1:
-        prompt = draft.build(n)
-        tokens = count.prompt(prompt, limit)
+        tokens = count.whole(draft.build(n))
         if tokens <= limit:
-            low, fits = n, (n, prompt)
+            low = n
         else:
             high = n
         # Over few units the noise of token boundaries would hide the slope.
@@ -116,9 +118,13 @@ def largest_fit(
             continue
         n += int((limit - tokens) / per_unit)
         n = max(n, low + 1) if high is None else min(max(n, low + 1), high - 1)
-    if fits is None:
-        raise TooShort(count.prompt(draft.build(draft.least)))
-    return fits
+    while low >= draft.least:
+        prompt = draft.build(low)
+        if count.pieces(prompt) <= limit:
+            return low, prompt
+        low -= 1
+    smallest = draft.build(draft.least)
+    raise TooShort(max(count.whole(smallest), count.pieces(smallest)))
 
 
 def weave(pieces: Iterable[tuple[str, bool]], separator: str, start: int = 0) -> tuple[str, Spans]:

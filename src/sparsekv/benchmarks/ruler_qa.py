@@ -76,7 +76,8 @@ class _Asked:
         squad, count = self._row.sources.squad, self._row.sources.count
         while len(self._fitting) <= index and self._waiting:
             question = self._waiting.pop()
-            tokens = count.prompt(_prompt(squad, question, [question.document]))
+            alone = _prompt(squad, question, [question.document])
+            tokens = max(count.whole(alone), count.pieces(alone))
             self._shortest = min(tokens, self._shortest or tokens)
             if tokens <= self._row.limit:
                 self._fitting.append(question)
