@@ -1,0 +1,80 @@
+"""`sparsekv generate`: one question about one file, under one method, and what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsekv.errors import ConfigError
+
+
+def generate(
+    file: Annotated[Path, typer.Option("--file", help="The text that is asked about (UTF-8).")],
+    question: Annotated[str, typer.Option("--question", help="The question.")],
+    model: Annotated[
+        str, typer.Option("--model", help="A Hub id, a folder, or a name of `sparsekv ls models`.")
+    ] = "smollm2",
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA adapter.")] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="A name of `sparsekv ls methods`, or wrapper(inner).")
+    ] = "snapkv",
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="compression_ratio: the fraction removed, in [0, 1).")
+    ] = None,
+    budget_tokens: Annotated[
+        int | None, typer.Option("--budget-tokens", help="Entries to keep per kv head, instead of a ratio.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", help="Read that many tokens at a time and evict in between.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.")] = 128,
+    query_aware: Annotated[
+        bool, typer.Option("--query-aware", help="Let eviction see the question.")
+    ] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut the text if it is longer than the model allows.")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")] = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of random methods.")] = 0,
+) -> None:
+    """Answer a question about a file, and say what the answer cost beside the full cache."""
+    if ratio is not None and budget_tokens is not None:
+        raise ConfigError(f"--ratio {ratio} and --budget-tokens {budget_tokens} are both given; give one")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--file '{file}' is not UTF-8 text: {error.reason}") from None
+    except OSError as error:
+        raise ConfigError(f"--file '{file}' cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise ConfigError(f"--file '{file}' is empty")
+
+    from sparsekv.cli.quiet import quieten
+
+    quieten()
+    from sparsekv.config import EvalConfig, parse_config
+    from sparsekv.evaluation.ask import ask
+
+    settings = {
+        "model": model,
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "benchmarks": [{"name": "ruler"}],
+        "methods": [method],
+        "compression_ratios": [] if ratio is None else [ratio],
+        "budget_tokens": [] if budget_tokens is None else [budget_tokens],
+        "chunk": chunk,
+        "query_aware": query_aware,
+        "truncate": truncate,
+        "max_new_tokens": max_new_tokens,
+    }
+    report = ask(parse_config(EvalConfig, settings), text, question)
+    typer.echo(report.answer.strip())
+    typer.echo("")
+    for line in report.lines():
+        typer.echo(line)

@@ -1,0 +1,115 @@
+"""`sparsekv`: the commands, and how mistakes are told. Imports no torch.
+
+Exit codes: 0 done, 2 a mistake in what was asked (one line on stderr), 130 stopped by Ctrl-C.
+SPARSEKV_DEBUG=1 shows the traceback behind a one-line error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from sparsekv import __version__
+from sparsekv.cli.evaluate import evaluate, evaluate_alias
+from sparsekv.cli.fetch import fetch
+from sparsekv.cli.generate import generate
+from sparsekv.cli.listing import listing
+from sparsekv.cli.validate import validate
+from sparsekv.errors import ConfigError
+
+USAGE, STOPPED = 2, 130
+
+app = typer.Typer(
+    name="sparsekv",
+    help="Run large language models over long contexts in a fraction of the KV-cache memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparsekv {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    pass
+
+
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("ls")(listing)
+app.command("validate")(validate)
+app.command("fetch-model")(fetch)
+
+alias_app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+alias_app.command()(evaluate_alias)
+
+
+def run() -> None:
+    """Entry point of `sparsekv`."""
+    sys.exit(call(app, "sparsekv"))
+
+
+def run_eval() -> None:
+    """Entry point of `sparsekv-eval`."""
+    sys.exit(call(alias_app, "sparsekv-eval"))
+
+
+def call(command: Callable[..., Any], name: str, arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code; what the user got wrong becomes one line on stderr."""
+    try:
+        code = command(args=arguments, prog_name=name, standalone_mode=False)
+    except ConfigError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return STOPPED
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            return _fail(
+                f"the disk is full{where}; what was written so far is intact: free space and run again"
+            )
+        raise
+    except typer.Abort:
+        return STOPPED
+    except Exception as error:
+        # typer brings its own copy of click or uses the installed one, depending on its version.
+        if not _is_usage_error(error):
+            raise
+        return _fail(error.format_message())  # type: ignore[attr-defined]
+    return code if isinstance(code, int) else 0
+
+
+def _is_usage_error(error: Exception) -> bool:
+    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("SPARSEKV_DEBUG"):
+        raise
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,210 @@
+"""What a config file may say: the pydantic schemas, and errors worded for the person who wrote the file.
+
+Everything that can be checked without a model is checked here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sparsekv.benchmarks.spec import BenchmarkConfig
+from sparsekv.config_files import load_settings
+from sparsekv.errors import ConfigError, nearest, unknown
+
+Phase = Literal["prefill", "decode", "both"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _check_ratio(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value  # pydantic words the type error
+    if not (math.isfinite(value) and 0 <= value < 1):
+        raise ValueError(f"a compression_ratio must be in [0, 1) (the fraction removed), got {value}")
+    return float(value)
+
+
+Ratio = Annotated[float, BeforeValidator(_check_ratio)]
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A schema in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MethodConfig(Strict):
+    """One method: a name of `sparsekv ls methods` or `wrapper(inner)`, with its own parameters.
+
+    Parameters
+    ----------
+    name : the method
+    args : the parameters of its policy, for example {n_sink: 8}
+    label : what tables call it; by default the name and the args
+    compression_ratios, budget_tokens : the budgets for this method instead of the run's. Empty lists: none,
+        the method's own sizes decide.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    label: str | None = None
+    compression_ratios: list[Ratio] | None = None
+    budget_tokens: list[Tokens] | None = None
+
+
+def _method(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class EvalConfig(Strict):
+    """`sparsekv eval`: benchmarks × methods × budgets on one model.
+
+    Parameters
+    ----------
+    model : a Hub id, a local folder, or a name of `sparsekv ls models`
+    adapter : folder of a LoRA adapter
+    dtype, device, device_map, attn_implementation, trust_remote_code : how the model is loaded (load_model)
+    seed : of the benchmarks' generators and of the random methods
+    benchmarks : what is asked; `sparsekv ls tasks`
+    methods : names, or {name, args, label}
+    compression_ratios : fractions of the context's entries to REMOVE, each in [0, 1)
+    budget_tokens : entries to keep per kv head, instead of or beside the ratios. With neither, the methods'
+        own sizes decide.
+    budget_scope : over what the count is fixed: "head", "layer" or "model"
+    phase : evict after the "prefill", while it "decode"s, or "both"
+    query_aware : the question is part of the compressed context
+    chunk : tokens per chunk: the context is read in chunks and evicted between them, so that it may be longer
+        than the model's window. Off by default.
+    truncate : cut the end of a context that is longer than the model allows, as kvpress does; else an error
+    limit : at most this many rows per task, of every benchmark
+    max_new_tokens : instead of each task's own limit
+    batch_cells : decode the cells of one example as one batch
+    cost_rows : rows per cell for the separate cost pass; 0 leaves the times null
+    cost_new_tokens : tokens each of those rows decodes (no token ends an answer, so that all decode as many)
+    record_selections : examples per cell whose kept entries are written to output_dir/selections
+    output_dir : where results go; the same command again resumes
+    progress : show a progress bar
+    """
+
+    model: str
+    adapter: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    benchmarks: list[BenchmarkConfig] = Field(min_length=1)
+    methods: list[Annotated[MethodConfig, BeforeValidator(_method)]] = Field(min_length=1)
+    compression_ratios: list[Ratio] = []
+    budget_tokens: list[Tokens] = []
+    budget_scope: Literal["head", "layer", "model"] = "head"
+    phase: Phase = "prefill"
+    query_aware: bool = False
+    chunk: int | None = Field(default=None, ge=1)
+    truncate: bool = False
+    limit: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    batch_cells: bool = True
+    cost_rows: int = Field(default=0, ge=0)
+    cost_new_tokens: int = Field(default=16, ge=2)
+    record_selections: int = Field(default=0, ge=0)
+    output_dir: str = "results/eval"
+    progress: bool = True
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> EvalConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(
+                f"device '{self.device}' and device_map '{self.device_map}' are both given; give one"
+            )
+        labels = [m.label for m in self.methods if m.label is not None]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"label '{label}' is given to two methods")
+        return self
+
+
+def load_eval_config(path: str | Path | None, overrides: Sequence[str] = ()) -> EvalConfig:
+    """A validated config from a YAML file with `key=value` overrides on top.
+
+    Raises
+    ------
+    ConfigError
+        With one line that names the key, the value and what is allowed.
+    """
+    return parse_config(
+        EvalConfig, load_settings(path, overrides), source=None if path is None else str(path)
+    )
+
+
+ModelT = typing.TypeVar("ModelT", bound=BaseModel)
+
+
+def parse_config(schema: type[ModelT], settings: dict[str, Any], source: str | None = None) -> ModelT:
+    """`settings` as a `schema`; pydantic's report becomes one line that names the first mistake."""
+    try:
+        return schema.model_validate(settings)
+    except ValidationError as error:
+        raise _worded(schema, error, source) from None
+
+
+def _worded(schema: type[BaseModel], error: ValidationError, source: str | None) -> ConfigError:
+    # An unknown key first: it's usually the reason for a "missing" one.
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    where = f"{source}: " if source else ""
+    loc = tuple(part for part in problem["loc"] if not str(part).startswith("function-"))
+    field = _path(loc)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys_at(schema, loc[:-1])
+        guess = nearest(loc[-1], allowed)
+        if guess is not None:
+            inside = f" in {_path(loc[:-1])}" if len(loc) > 1 else ""
+            return ConfigError(f"{where}unknown key '{loc[-1]}'{inside} (did you mean '{guess}'?){more}")
+        return ConfigError(f"{where}{unknown('key', field, allowed)}{more}")
+    if problem["type"] == "missing":
+        return ConfigError(f"{where}key '{field}' is missing{more}")
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = problem.get("input")
+    said = isinstance(value, (dict, list, BaseModel)) or "got" in message
+    shown = "" if said else f", got {value!r}"
+    lead = f"{field}: " if field and not message.startswith(field) else ""
+    return ConfigError(f"{where}{lead}{message}{shown}{more}")
+
+
+def _path(loc: Sequence[Any]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def _keys_at(schema: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """The keys that are allowed at a place of the config."""
+    current: Any = schema
+    for part in loc:
+        if isinstance(part, int):
+            continue  # an item of a list has the type that the list's annotation names
+        fields = current.model_fields
+        if part in fields:
+            current = _schema_in(fields[part].annotation) or current
+    return list(current.model_fields)
+
+
+def _schema_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _schema_in(inner)
+        if found is not None:
+            return found
+    return None

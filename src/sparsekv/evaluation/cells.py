@@ -1,0 +1,157 @@
+"""Cells: what one score belongs to. (benchmark, task, context length) × method × budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsekv.config import EvalConfig, MethodConfig
+from sparsekv.errors import ConfigError
+from sparsekv.policies import METHODS, list_methods, make_policy
+from sparsekv.policies.base import Policy
+from sparsekv.policies.budget import Budget, Scope
+
+UNCOMPRESSED = "full"
+"""The method that every table starts with: it evicts nothing, so it has one cell per task."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One method at one budget: what a cell has besides its task.
+
+    Parameters
+    ----------
+    method : the registry's name, or "wrapper(inner)"
+    args : the parameters of its policy
+    label : what tables call it (does not define the cell)
+    compression_ratio, budget_tokens : at most one is given
+    budget_scope, phase, query_aware, chunk : as in the config
+    """
+
+    method: str
+    args: dict[str, Any] = field(hash=False)
+    label: str = field(compare=False)
+    compression_ratio: float | None
+    budget_tokens: int | None
+    budget_scope: Scope
+    phase: str
+    query_aware: bool
+    chunk: int | None
+
+    @property
+    def budget(self) -> Budget:
+        """The same as a Budget; neither ratio nor tokens if the method's own sizes decide."""
+        return Budget(self.compression_ratio, self.budget_tokens, self.budget_scope)
+
+    def policy(self) -> Policy:
+        """A fresh policy with the args; a ConfigError if the method doesn't take them."""
+        return make_policy(self.method, **self.args)
+
+    @property
+    def shown_budget(self) -> str:
+        """ "0.50" for a ratio, "512 tokens" for a count, "own" for the method's own sizes."""
+        if self.compression_ratio is not None:
+            return f"{self.compression_ratio:.2f}"
+        return f"{self.budget_tokens} tokens" if self.budget_tokens is not None else "own"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark's task at one requested length in tokens (None where there is none)."""
+
+    benchmark: str
+    task: str
+    context_length: int | None
+
+    def __str__(self) -> str:
+        length = "" if self.context_length is None else f"/{self.context_length}"
+        return f"{self.benchmark}/{self.task}{length}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task in a setting."""
+
+    task: Task
+    setting: Setting
+
+    @property
+    def cell_id(self) -> str:
+        """Readable, stable, safe as a file name; its end is a hash of all that defines the cell."""
+        definition = self.definition()
+        definition.pop("label")
+        text = json.dumps(definition, sort_keys=True, ensure_ascii=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        setting = self.setting
+        budget = setting.shown_budget.replace(" tokens", "t")
+        readable = f"{str(self.task).replace('/', '.')}.{setting.method}.{budget}"
+        return f"{re.sub(r'[^A-Za-z0-9_.()-]+', '_', readable)}.{digest}"
+
+    def definition(self) -> dict[str, Any]:
+        """All that defines the cell, and its label, as JSON."""
+        return {**asdict(self.task), **asdict(self.setting)}
+
+    @classmethod
+    def from_definition(cls, definition: dict[str, Any]) -> Cell:
+        """The inverse of `definition`."""
+        parts = dict(definition)
+        task = Task(parts.pop("benchmark"), parts.pop("task"), parts.pop("context_length"))
+        return cls(task, Setting(**parts))
+
+
+def settings(config: EvalConfig) -> list[Setting]:
+    """Every method × budget of a config, in its order.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown method, parameters it does not take, or the same setting twice.
+    """
+    found: list[Setting] = []
+    for method in config.methods:
+        name = resolve(method.name)
+        for ratio, tokens in _budgets(config, method, name):
+            setting = Setting(
+                method=name,
+                args=dict(method.args),
+                label=name if name == UNCOMPRESSED else method.label or shown(name, method.args),
+                compression_ratio=ratio,
+                budget_tokens=tokens,
+                budget_scope=config.budget_scope,
+                phase="prefill" if name == UNCOMPRESSED else config.phase,
+                query_aware=config.query_aware,
+                chunk=config.chunk,
+            )
+            setting.policy()
+            if setting in found:
+                raise ConfigError(f"method '{name}' with budget {setting.shown_budget} is listed twice")
+            found.append(setting)
+    return found
+
+
+def shown(method: str, args: Mapping[str, Any]) -> str:
+    """A method in a table: its name, and its parameters where some were given."""
+    return f"{method}[{', '.join(f'{k}={v}' for k, v in sorted(args.items()))}]" if args else method
+
+
+def resolve(name: str) -> str:
+    """The name behind an alias, so that both give the same cell; "wrapper(inner)" is returned as it is."""
+    if name in METHODS:
+        return METHODS.resolve(name)
+    aliases = {alias: info.name for info in list_methods() for alias in info.aliases}
+    return aliases.get(name, name)
+
+
+def _budgets(config: EvalConfig, method: MethodConfig, name: str) -> list[tuple[float | None, int | None]]:
+    if name == UNCOMPRESSED:
+        return [(0.0, None)]
+    own = method.compression_ratios is not None or method.budget_tokens is not None
+    ratios: Sequence[float] = (method.compression_ratios or []) if own else config.compression_ratios
+    tokens: Sequence[int] = (method.budget_tokens or []) if own else config.budget_tokens
+    budgets: list[tuple[float | None, int | None]] = [(ratio, None) for ratio in ratios]
+    budgets += [(None, count) for count in tokens]
+    return budgets or [(None, None)]

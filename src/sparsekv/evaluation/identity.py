@@ -1,0 +1,109 @@
+"""Who computed a result: model, weights, seed; versions, machine, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekv
+from sparsekv.config import EvalConfig
+from sparsekv.models import public_id
+
+_PACKAGES = ("torch", "transformers", "kvpress", "peft", "numpy")
+_SAMPLES = 64
+
+
+def short_name(name: str) -> str:
+    """A model's public name: its Hub id, or the last part of a local folder's path."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else public_id(name)
+
+
+def weights_fingerprint(model: Any) -> str:
+    """A hash over the config and a sample of every parameter: other weights give another fingerprint."""
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(config: EvalConfig, model: Any) -> dict[str, Any]:
+    """What runs that share an output folder have in common; the error names the first that differs."""
+    return {
+        "model": short_name(config.model),
+        "adapter": None if config.adapter is None else short_name(config.adapter),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device.type),
+        "seed": config.seed,
+        "query_aware": config.query_aware,
+        "max_new_tokens": config.max_new_tokens,
+        "weights": weights_fingerprint(model),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library and those that results depend on."""
+    found = {"python": platform.python_version(), "sparsekv": sparsekv.__version__}
+    for package in _PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that may be used, memory in bytes, GPUs."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this code ("+changed" if the package differs from it); None outside a clone."""
+    package = Path(sparsekv.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(package), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside someone's clone (in its virtual environment) without being part of it.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    if not head:
+        return None
+    return f"{head}+changed" if git("status", "--porcelain", "--", ".") else head
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,164 @@
+"""What a config asks for, with everything checked that needs no weights: methods, data, lengths, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsekv.architecture import compressible_layers, max_context, num_kv_heads, num_layers
+from sparsekv.benchmarks import BENCHMARKS
+from sparsekv.benchmarks.base import Example
+from sparsekv.config import EvalConfig
+from sparsekv.errors import ConfigError
+from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, settings
+from sparsekv.evaluation.prompts import Prompt, assemble
+from sparsekv.models import load_tokenizer
+from sparsekv.models.locate import locate_model
+from sparsekv.policies.base import LayerPolicy, NativePolicy, TokenContext, TokenPolicy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: every task's prompts × every setting.
+
+    Parameters
+    ----------
+    prompts : task -> its prompts, in row order
+    settings : methods × budgets
+    longest : tokens the model can read (its `max_position_embeddings`)
+    """
+
+    prompts: dict[Task, list[Prompt]]
+    settings: list[Setting]
+    longest: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every task in every setting."""
+        return [Cell(task, setting) for task in self.prompts for setting in self.settings]
+
+    @property
+    def n_rows(self) -> int:
+        """Predictions in all."""
+        return sum(len(rows) for rows in self.prompts.values()) * len(self.settings)
+
+
+def make_plan(config: EvalConfig) -> Plan:
+    """Check a config against methods, data, tokenizer and model config; no weights are loaded.
+
+    Raises
+    ------
+    ConfigError
+        An unknown method or task, a missing or malformed data file, a context longer than the model allows,
+        a budget that a method can't meet, the same task twice.
+    """
+    chosen = settings(config)
+    check_combinations(chosen)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    longest = max_context(model_config)
+    prompts: dict[Task, list[Prompt]] = {}
+    for task, examples, truncate in load_examples(config, tokenizer):
+        prompts[task] = [
+            assemble(
+                example,
+                tokenizer,
+                query_aware=config.query_aware,
+                max_tokens=None if config.chunk is not None else longest,
+                truncate=truncate,
+                max_new_tokens=config.max_new_tokens,
+            )
+            for example in examples
+        ]
+    try_budgets(chosen, prompts, model_config, tokenizer, longest)
+    return Plan(prompts, chosen, longest)
+
+
+def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's transformers config."""
+    from transformers import AutoConfig
+
+    source = locate_model(name)
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model '{name}': its config.json cannot be read: {' '.join(str(error).split())}"
+        ) from None
+
+
+def load_examples(config: EvalConfig, tokenizer: Any) -> list[tuple[Task, list[Example], bool]]:
+    """(task, examples, may be truncated) for every task of every benchmark, in the config's order."""
+    found: dict[Task, tuple[list[Example], bool]] = {}
+    for spec in config.benchmarks:
+        if config.limit is not None:
+            spec = spec.model_copy(update={"rows": min(spec.rows or config.limit, config.limit)})
+        groups: dict[Task, list[Example]] = {}
+        for example in BENCHMARKS.get(spec.name).load(spec, tokenizer, config.seed):
+            task = Task(example.benchmark, example.task, example.context_length)
+            groups.setdefault(task, []).append(example)
+        for task, examples in groups.items():
+            if task in found:
+                raise ConfigError(
+                    f"task {task} is listed twice in benchmarks; give each variant its own output_dir"
+                )
+            found[task] = examples[: config.limit], spec.truncate or config.truncate
+    if not found:
+        raise ConfigError("the benchmarks hold no examples")
+    ids = [example.example_id for examples, _ in found.values() for example in examples]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ConfigError(f"two examples have the id '{twice}'")
+    return [(task, examples, truncate) for task, (examples, truncate) in found.items()]
+
+
+def check_combinations(chosen: Sequence[Setting]) -> None:
+    """Raise a ConfigError for a phase, chunk or missing budget that a method can't take."""
+    for setting in chosen:
+        policy = setting.policy()
+        name = f"method '{setting.method}'"
+        if setting.phase != "prefill" and not isinstance(policy, (TokenPolicy, LayerPolicy)):
+            raise ConfigError(f"{name} can't evict while decoding; use phase: prefill")
+        if setting.chunk is not None and policy.own_prefill:
+            raise ConfigError(
+                f"{name} reads the whole context at once, so it can't be read in chunks; remove chunk"
+            )
+        if isinstance(policy, NativePolicy):
+            policy.press(setting.budget)
+        elif isinstance(policy, LayerPolicy) and policy.scored and not setting.budget.given:
+            raise ConfigError(f"{name} needs a budget; give compression_ratios or budget_tokens")
+
+
+def try_budgets(
+    chosen: Sequence[Setting],
+    prompts: dict[Task, list[Prompt]],
+    model_config: Any,
+    tokenizer: Any,
+    longest: int,
+) -> None:
+    """Run every token policy on the shortest context of every task: budgets under the sink size show here."""
+    for task, rows in prompts.items():
+        shortest = min(rows, key=lambda prompt: prompt.context_tokens)
+        ids = shortest.context_ids
+        context = TokenContext(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids, dtype=torch.bool),
+            n_layers=num_layers(model_config),
+            n_kv_heads=num_kv_heads(model_config),
+            compressible=tuple(compressible_layers(model_config)),
+            tokenizer=tokenizer,
+            seeds=(0,),
+        )
+        too_long = max(prompt.total_tokens for prompt in rows)
+        for setting in chosen:
+            if too_long > longest and setting.method == UNCOMPRESSED:
+                raise ConfigError(
+                    f"task {task} has {too_long} tokens, the model allows {longest}: method 'full' keeps all "
+                    "of them, so it can't read them in chunks; remove it, or set truncate: true without chunk"
+                )
+            policy = setting.policy()
+            if isinstance(policy, TokenPolicy):
+                policy.select(context, setting.budget)

@@ -1,0 +1,75 @@
+"""From predictions and costs to results: one row per cell."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsekv.evaluation.cells import Cell
+from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
+
+
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Standard error of the mean (sample standard deviation over the root of n); None for a single score."""
+    if len(scores) < 2:
+        return None
+    return statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def result_row(
+    cell: Cell,
+    metric: str,
+    predictions: Sequence[PredictionRow],
+    costs: Sequence[CostRow],
+    identity: Mapping[str, Any],
+    commit: str | None,
+) -> ResultRow:
+    """One cell over its predictions: means, and medians of the cost pass (None if not measured)."""
+    scores = [row["score"] for row in predictions]
+    setting = cell.setting
+    cache_bytes = _mean(row["cache_bytes"] for row in predictions)
+    return ResultRow(
+        schema_version=SCHEMA_VERSION,
+        cell_id=cell.cell_id,
+        model=identity["model"],
+        adapter=identity["adapter"],
+        method=setting.method,
+        method_args=setting.args,
+        phase=setting.phase,
+        query_aware=setting.query_aware,
+        compression_ratio=setting.compression_ratio,
+        budget_tokens=setting.budget_tokens,
+        budget_scope=setting.budget_scope,
+        achieved_compression=_mean(row["achieved_compression"] for row in predictions),
+        attended_fraction=_mean(row["attended_fraction"] for row in predictions),
+        benchmark=cell.task.benchmark,
+        task=cell.task.task,
+        context_length=cell.task.context_length,
+        metric=metric,
+        score=_mean(scores),
+        stderr=standard_error(scores),
+        n=len(scores),
+        cache_bytes=cache_bytes,
+        full_cache_bytes=_mean(row["full_cache_bytes"] for row in predictions),
+        active_bytes=cache_bytes,
+        passive_bytes=0.0,
+        prefill_s=_median([row["prefill_s"] for row in costs]),
+        select_s=_median([row["select_s"] for row in costs]),
+        decode_tokens_per_s=_median([row["decode_tokens_per_s"] for row in costs]),
+        peak_bytes=_median([row["peak_bytes"] for row in costs]),
+        dtype=identity["dtype"],
+        device=identity["device"],
+        seed=identity["seed"],
+        commit=commit,
+    )
+
+
+def _mean(values: Any) -> float:
+    return statistics.fmean(values)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

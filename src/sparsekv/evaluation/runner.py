@@ -1,0 +1,327 @@
+"""The evaluation: a plan's cells, answered, written down row by row, and summed up.
+
+An example is the unit of work: its answers in all cells are computed together and written together, so a run
+that is stopped at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from sparsekv.benchmarks.scoring import METRICS
+from sparsekv.config import EvalConfig
+from sparsekv.errors import ConfigError
+from sparsekv.evaluation.answers import Answerer
+from sparsekv.evaluation.cells import Cell, Setting, Task
+from sparsekv.evaluation.cost import can_measure, measure
+from sparsekv.evaluation.folder import RunFolder, check_identity
+from sparsekv.evaluation.identity import commit, identity, machine, versions
+from sparsekv.evaluation.plan import Plan, make_plan
+from sparsekv.evaluation.prompts import Prompt
+from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
+from sparsekv.evaluation.reply import Reply
+from sparsekv.evaluation.results import result_row
+from sparsekv.models import load_model
+from sparsekv.selection import SelectionTrace
+
+
+class Progress(Protocol):
+    """Who is told how far a run is."""
+
+    def start(self, what: str, total: int, done: int) -> None:
+        """A pass begins: `total` rows of it, `done` of them from earlier runs."""
+        ...
+
+    def task(self, name: str) -> None:
+        """The task that is worked on now."""
+        ...
+
+    def advance(self, rows: int) -> None:
+        """So many more rows are done."""
+        ...
+
+
+class Silent:
+    """Progress that nobody wants to see."""
+
+    def start(self, what: str, total: int, done: int) -> None: ...
+
+    def task(self, name: str) -> None: ...
+
+    def advance(self, rows: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left in its folder.
+
+    Parameters
+    ----------
+    results : the rows of results.jsonl, in the order of the plan (earlier cells of the folder after them)
+    run : the content of run.json
+    interrupted : stopped by Ctrl-C; what was done is kept
+    """
+
+    results: list[ResultRow]
+    run: dict[str, Any]
+    interrupted: bool
+
+
+def run_evaluation(
+    config: EvalConfig, folder: RunFolder, *, command: str | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Answer everything that `folder` does not hold yet.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Entered. Writes predictions.jsonl, costs.jsonl, run.json, results.jsonl and selections/.
+    command : str, optional
+        The command line, for run.json.
+
+    Raises
+    ------
+    ConfigError
+        For anything wrong with the config, the data or the folder; before any weights are loaded where
+        possible.
+    """
+    return _Run(config, folder, command, progress or Silent()).go()
+
+
+class _Run:
+    """One run over one folder."""
+
+    def __init__(
+        self, config: EvalConfig, folder: RunFolder, command: str | None, progress: Progress
+    ) -> None:
+        self.config, self.folder, self.command, self.progress = config, folder, command, progress
+        self.before = folder.read_run()
+        self.predictions = cast("list[PredictionRow]", folder.predictions.read())
+        self.costs = cast("list[CostRow]", folder.costs.read())
+        self.started = _now()
+        self.commit = commit()
+
+    def go(self) -> Outcome:
+        """Plan, check, answer, measure, sum up."""
+        self.plan: Plan = make_plan(self.config)
+        self._check_data()
+        model, tokenizer = self._load()
+        config = self.config
+        self.identity = identity(config, model)
+        if self.before:
+            check_identity(self.folder.path, self.before["identity"], self.identity)
+        self.answerer = Answerer(model, tokenizer, config.seed, self.plan.longest, config.batch_cells)
+        self._write_run(finished=None)
+        interrupted = False
+        try:
+            self._answer_all()
+            self._measure_all()
+        except KeyboardInterrupt:
+            interrupted = True
+        results = self._results()
+        self.folder.write(
+            "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
+        )
+        return Outcome(results, self._write_run(finished=None if interrupted else _now()), interrupted)
+
+    def _load(self) -> tuple[Any, Any]:
+        config = self.config
+        return load_model(
+            config.model,
+            adapter=config.adapter,
+            dtype=config.dtype,
+            device=config.device,
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    # ---- what the folder holds already
+    # ---------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        """Every example that was answered before must still be the same example."""
+        old: dict[str, PredictionRow] = {row["example_id"]: row for row in self.predictions}
+        for task, prompts in self.plan.prompts.items():
+            for prompt in prompts:
+                row = old.get(prompt.example.example_id)
+                if row is None:
+                    continue
+                for field, now in (
+                    ("prompt_sha", prompt.sha),
+                    ("references", list(prompt.example.references)),
+                ):
+                    if row[field] != now:  # type: ignore[literal-required]
+                        raise ConfigError(self._data_error(task, prompt, field, row[field], now))  # type: ignore[literal-required]
+
+    def _data_error(self, task: Task, prompt: Prompt, field: str, was: Any, now: Any) -> str:
+        """The settings that shape prompts are asked first: a changed seed says more than a changed prompt."""
+        lead = f"output_dir '{self.folder.path}' holds another run:"
+        then = self.before.get("config", {})
+        for key in ("model", "seed", "query_aware", "truncate"):
+            if key in then and then[key] != getattr(self.config, key):
+                lead += f" {key} was {then[key]!r}, now {getattr(self.config, key)!r}"
+                return f"{lead}; use another output_dir"
+        if field == "prompt_sha":
+            shown = f"prompt of {prompt.example.example_id} has sha {now[:12]}, had {was[:12]}"
+        else:
+            shown = f"{field} of {prompt.example.example_id} were {was!r}, now {now!r}"
+        return f"{lead} the {shown}: the data of {task} changed; use another output_dir"
+
+    def _write_run(self, finished: str | None) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        cells = dict(self.before.get("cells", {})) | {c.cell_id: c.definition() for c in self.plan.cells}
+        metrics = dict(self.before.get("metrics", {}))
+        for task, prompts in self.plan.prompts.items():
+            metrics[str(task)] = prompts[0].example.metric
+        session = {
+            "started": self.started,
+            "finished": finished,
+            "command": self.command,
+            "commit": self.commit,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        run = {
+            "schema_version": SCHEMA_VERSION,
+            "identity": self.identity,
+            **session,
+            "seed": self.config.seed,
+            "config": config,
+            "metrics": metrics,
+            "cells": cells,
+            "sessions": [*self.before.get("sessions", []), session],
+        }
+        self.folder.write_run(run)
+        return run
+
+    # ---- answering
+    # -------------------------------------------------------------------------------------------------
+
+    def _answer_all(self) -> None:
+        done = {(row["cell_id"], row["example_id"]) for row in self.predictions}
+        planned = [
+            (task, [Cell(task, setting) for setting in self.plan.settings], prompts)
+            for task, prompts in self.plan.prompts.items()
+        ]
+        ids = {cell: cell.cell_id for _, cells, _ in planned for cell in cells}
+        n_done = sum(
+            (ids[c], p.example.example_id) in done for _, cells, ps in planned for c in cells for p in ps
+        )
+        self.progress.start("answers", self.plan.n_rows, n_done)
+        for task, cells, prompts in planned:
+            self.progress.task(str(task))
+            for index, prompt in enumerate(prompts):
+                todo = [cell for cell in cells if (ids[cell], prompt.example.example_id) not in done]
+                if not todo:
+                    continue
+                traced = self._tracer(task, prompt) if index < self.config.record_selections else None
+                replies = self.answerer.answer(prompt, [cell.setting for cell in todo], traced)
+                rows = [
+                    prediction_row(ids[cell], prompt, reply)
+                    for cell, reply in zip(todo, replies, strict=True)
+                ]
+                self.folder.predictions.append(rows)
+                self.predictions += rows
+                self.progress.advance(len(rows))
+
+    def _tracer(self, task: Task, prompt: Prompt) -> Any:
+        name = prompt.example.example_id.replace("/", ".") + ".safetensors"
+
+        def traced(setting: Setting, trace: SelectionTrace) -> None:
+            target = self.folder.path / "selections" / Cell(task, setting).cell_id
+            target.mkdir(parents=True, exist_ok=True)
+            trace.save(target / name)
+
+        return traced
+
+    def _measure_all(self) -> None:
+        rows = self.config.cost_rows
+        done = {(row["cell_id"], row["example_id"]) for row in self.costs}
+        todo: list[tuple[Cell, Prompt]] = []
+        for task, prompts in self.plan.prompts.items():
+            for setting in self.plan.settings:
+                cell = Cell(task, setting)
+                todo += [
+                    (cell, prompt) for prompt in prompts[:rows] if can_measure(setting, prompt, self.answerer)
+                ]
+        if not todo:
+            return
+        left = [
+            (cell, prompt) for cell, prompt in todo if (cell.cell_id, prompt.example.example_id) not in done
+        ]
+        self.progress.start("costs", len(todo), len(todo) - len(left))
+        for cell, prompt in left:
+            self.progress.task(str(cell.task))
+            row = measure(self.answerer, cell, prompt, self.config.cost_new_tokens)
+            self.folder.costs.append([row])
+            self.costs.append(row)
+            self.progress.advance(1)
+
+    # ---- summing up
+    # -------------------------------------------------------------------------------------------------
+
+    def _results(self) -> list[ResultRow]:
+        """Every cell that has predictions: the plan's, then those of earlier commands in the folder."""
+        definitions = dict(self.before.get("cells", {}))
+        metrics = dict(self.before.get("metrics", {}))
+        cells = {cell.cell_id: cell for cell in self.plan.cells}
+        for cell_id, definition in definitions.items():
+            cells.setdefault(cell_id, Cell.from_definition(definition))
+        for task, prompts in self.plan.prompts.items():
+            metrics[str(task)] = prompts[0].example.metric
+        answers: dict[str, list[PredictionRow]] = {}
+        for prediction in self.predictions:
+            answers.setdefault(prediction["cell_id"], []).append(prediction)
+        costs: dict[str, list[CostRow]] = {}
+        for cost in self.costs:
+            costs.setdefault(cost["cell_id"], []).append(cost)
+        return [
+            result_row(
+                cell,
+                metrics[str(cell.task)],
+                answers[cell_id],
+                costs.get(cell_id, []),
+                self.identity,
+                self.commit,
+            )
+            for cell_id, cell in cells.items()
+            if cell_id in answers
+        ]
+
+
+def prediction_row(cell_id: str, prompt: Prompt, reply: Reply) -> PredictionRow:
+    """The row of predictions.jsonl for one reply."""
+    example = prompt.example
+    return PredictionRow(
+        cell_id=cell_id,
+        example_id=example.example_id,
+        benchmark=example.benchmark,
+        task=example.task,
+        context_tokens=prompt.context_tokens,
+        prompt_sha=prompt.sha,
+        prediction=reply.prediction,
+        references=list(example.references),
+        score=score(example.metric, reply, example.references),
+        achieved_compression=reply.achieved_compression,
+        finish_reason=reply.finish_reason,
+        evidence=[list(span) for span in prompt.evidence],
+        cache_bytes=reply.cache_bytes,
+        full_cache_bytes=reply.full_cache_bytes,
+        attended_fraction=reply.attended_fraction,
+    )
+
+
+def score(metric: str, reply: Reply, references: Sequence[str]) -> float:
+    """0 to 100 by the example's metric; in perplexity the perplexity itself."""
+    if reply.perplexity is not None:
+        return reply.perplexity
+    return float(METRICS.get(metric)(reply.prediction, references))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
