@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import kvpress
@@ -34,7 +35,7 @@ from sparsekv.policies.as_press import (
     SlidingWindowPress,
     UniformMiddlePress,
 )
-from sparsekv.policies.base import TokenContext
+from sparsekv.policies.base import TokenContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.presses import from_press
 
@@ -196,10 +197,37 @@ def test_budgets_over_the_whole_model(model: Any) -> None:
     assert per_layer.sum((1, 2)).tolist() == [80, 80, 80] and per_layer[0, 0].sum() != per_layer[0, 1].sum()
 
 
+def lengths(model: Any, press: Any, input_ids: Tensor) -> list[int]:
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model.model(input_ids=input_ids, past_key_values=cache)
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+@dataclass(frozen=True)
+class Stairs(TokenPolicy):
+    """Layer l keeps the first 10 * (l + 1) entries."""
+
+    name = "stairs"
+
+    def keep_row(self, row: TokenRow, budget: Budget) -> Tensor:
+        steps = 10 * torch.arange(1, row.context.n_layers + 1)[:, None, None]
+        return torch.arange(row.n) < steps
+
+
+def test_layers_of_different_lengths_are_hidden_not_cut(model: Any) -> None:
+    """kvpress makes one mask, of the first layer's length: a shorter one would show a question its future."""
+    press = PolicyPress(Stairs())
+    assert lengths(model, press, token_ids(60)) == [60, 60, 60]
+    assert kvpress_kept(model, press, token_ids(60)).sum(-1).tolist() == [[10, 10], [20, 20], [30, 30]]
+    assert press.achieved_compression == pytest.approx({0: 5 / 6, 1: 4 / 6, 2: 3 / 6})
+
+
 def test_sliding_window_layers_are_left_alone() -> None:
     import toy
 
     gemma = toy.tiny_model("gemma3")
+    assert lengths(gemma, SinkRecentPress(0.5, n_sink=4), token_ids(60)) == [60, 60, 60]
     kept = kvpress_kept(gemma, SinkRecentPress(0.5, n_sink=4), token_ids(60))
     assert kept[1].all()
     for layer in (0, 2):
