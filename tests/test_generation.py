@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import masked_logits, positions, stepped_logits
-from sample_policies import Ends, Ragged, Scatter, SmallKeys
-from toy import FAMILIES, tiny_model
 from transformers import StaticCache
 
+from oracle import masked_logits, positions, stepped_logits
+from sample_policies import Ends, Ragged, Scatter, SmallKeys
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.generation import as_budget, compress, greedy_decode
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
+from toy import FAMILIES, tiny_model
 
 T, Q = 40, 7
 
@@ -61,14 +61,14 @@ def test_a_padded_batch_generates_what_its_rows_generate_alone(family):
         assert torch.equal(out[row : row + 1, pad:], own)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("policy", [Ends(), Ragged()], ids=lambda p: p.name)
-def test_beam_search_scores_are_those_of_its_sequences(policy):
+def test_beam_search_scores_are_those_of_its_sequences(policy, family):
     """Beam search reorders the cache; the score it reports must be the masked model's own for that sequence."""
-    model = prepare(tiny_model("llama"))
+    model = prepare(tiny_model(family))
     ids = some_ids()
     cache = compress(model, ids[:, :T], policy, 0.5)
     selection = cache.selection()
-    cache.batch_repeat_interleave(4)
     out = model.generate(
         ids, past_key_values=cache, max_new_tokens=6, num_beams=4, num_return_sequences=3, do_sample=False,
         return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
@@ -93,7 +93,6 @@ def test_sampling_several_sequences_is_repeatable_and_distinct():
     runs = []
     for _ in range(2):
         cache = compress(model, ids[:, :T], Ragged(), 0.5)
-        cache.batch_repeat_interleave(3)
         torch.manual_seed(5)
         runs.append(
             model.generate(

@@ -37,6 +37,11 @@ def stored_budget(budget: Budget, n_seen: int, n_stored: int) -> Budget:
     return Budget(tokens=max(1, min(budget.n_kept(n_seen), n_stored)), scope=budget.scope)
 
 
+def keeps_everything(budget: Budget, n: int) -> bool:
+    """True if nothing of `n` entries can leave: then scoring is skipped (some methods can't score short contexts)."""
+    return budget.given and budget.n_kept(n) >= n
+
+
 def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
     """What token policies may know of a cache's model (the ids are per row, given separately)."""
     blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
@@ -152,6 +157,9 @@ def keep_by_layer(
     real_seen = cache.real_seen().tolist()
     for row, (ctx, columns) in enumerate(row_contexts(module, index, cache, layer, hidden, rotary)):
         use = stored_budget(budget, real_seen[row], columns.shape[1])
+        if keeps_everything(use, columns.shape[1]):
+            kept[row].scatter_(-1, columns, True)
+            continue
         if policy.scored and use.scope != "model":
             chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
         else:

@@ -20,7 +20,7 @@ from sparsekv.attention import prepare
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
-from sparsekv.eviction import row_contexts
+from sparsekv.eviction import keeps_everything, row_contexts
 from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, keep_top
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection
@@ -127,7 +127,7 @@ def prefill(
         shared: dict[int, tuple[Tensor, float]] = {}
         for request in by_layer:
             policy, begin = request.policy, time.perf_counter()
-            if not isinstance(policy, LayerPolicy):
+            if not isinstance(policy, LayerPolicy) or keeps_everything(request.budget, length):
                 continue
             if not policy.scored:
                 kept[request.key][0, index] = policy.keep_layer(ctx, request.budget)[0].cpu()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged, Scatter, SmallKeys
-from toy import FAMILIES, tiny_model
-
 from sparsekv.attention import SelectionPlan, prepare
 from sparsekv.generation import compress
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection
+from toy import FAMILIES, tiny_model
 
 T, Q = 48, 9
 TOLERANCE = 1e-4

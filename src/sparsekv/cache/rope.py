@@ -1,4 +1,4 @@
-"""Re-rotation: kept keys take consecutive positions again, as StreamingLLM's cache does (arXiv 2309.17453, section 3.2).
+"""Re-rotation: kept keys take consecutive positions again, as StreamingLLM does (arXiv 2309.17453, section 3.2).
 
 Positions of new tokens are derived from tokens seen, so kept keys are rotated FORWARD to `[seen - stored, seen)`; RoPE
 depends on distances only, so that equals moving them down to `[0, stored)`. Keys of an unbroken recent stretch do not

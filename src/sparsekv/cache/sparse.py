@@ -270,6 +270,21 @@ class SparseCache(Cache):
                 f"{self.config._attn_implementation!r} can't read; call sparsekv.prepare(model) first"
             )
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values [B, H, Q, D] to a layer.
+
+        `generate` repeats its inputs for beams and for several sequences, but not a cache that it is given: when a
+        multiple of the rows comes, the cache repeats its own in the same order.
+        """
+        rows, held = key_states.shape[0], self.batch
+        if held and rows != held:
+            if rows % held:
+                raise ConfigError(f"the cache holds {held} rows, the model was given {rows}: not a multiple")
+            self.batch_repeat_interleave(rows // held)
+        return super().update(key_states, value_states, layer_idx, cache_kwargs)
+
     # ---- rows and time --------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Any:

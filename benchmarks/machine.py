@@ -1,0 +1,23 @@
+"""What every benchmark prints first: the machine, the versions, the threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def describe() -> str:
+    """One line, to stand above the figures."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kvpress"))
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {packages}"
