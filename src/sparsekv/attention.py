@@ -66,7 +66,7 @@ class SelectionPlan:
         for row in range(key.shape[0]):
             start = 0
             if self.attention_mask is not None:
-                start = int((~self.attention_mask[row].bool()).sum())
+                start = int((~self.attention_mask[row, :end].bool()).sum())
             at[row, :, :start] = 0
             spot = min(row, cos.shape[0] - 1)
             ctx = LayerContext(
@@ -168,7 +168,10 @@ def selection_bias(
     if evicted_at.shape[-1] > total:
         raise ConfigError(f"the selection covers {evicted_at.shape[-1]} columns, the model sees {total}")
     evicted_at = nn.functional.pad(evicted_at, (0, total - evicted_at.shape[-1]), value=NEVER)
-    if log_weight is None and not bool(((evicted_at > 0) & (evicted_at < total)).any()):
+    hidden = evicted_at < total
+    if attention_mask is not None:
+        hidden &= evicted_at > 0  # the mask hides the padding already
+    if log_weight is None and not bool(hidden.any()):
         return None
     columns = torch.arange(total, device=query.device)
     queries = columns[total - n_query :]
@@ -177,7 +180,9 @@ def selection_bias(
     visible = queries[:, None] < evicted_at[:, :, None, :]
     if log_weight is None:
         return visible & allowed
-    log_weight = nn.functional.pad(log_weight, (0, total - log_weight.shape[-1])).to(query.dtype)
+    log_weight = nn.functional.pad(log_weight, (0, total - log_weight.shape[-1])).to(
+        query.device, query.dtype
+    )
     soft = torch.where(
         visible, torch.zeros((), dtype=query.dtype, device=query.device), log_weight[:, :, None, :]
     )
@@ -239,8 +244,7 @@ def prepare(model: Any) -> Any:
     ConfigError
         If the model's architecture is not supported.
     """
-    import kvpress.attention_patch
-    import kvpress.presses.base_press  # noqa: F401  (kvpress patches all registered functions when first imported)
+    import kvpress.attention_patch  # kvpress patches all registered functions when it is first imported
 
     architecture.check_supported(model)
     # kvpress's import may have wrapped an earlier registration: always register the wrapped raw function anew.
@@ -258,16 +262,23 @@ def prepare(model: Any) -> Any:
             setattr(module, _HOOKED, True)
     decoder = architecture.text_model(plain)
     if not getattr(decoder, _HOOKED, False):
-        decoder.register_forward_pre_hook(_remember_ids, with_kwargs=True)
+        decoder.register_forward_pre_hook(_announce_input, with_kwargs=True)
         setattr(decoder, _HOOKED, True)
     return model
 
 
-def _remember_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Token policies that look at the text need the ids of what was generated."""
+def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell a SparseCache what is coming: rows, padding, and the ids where a policy looks at the text."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, SparseCache) and cache.decode is not None and cache.ids is not None:
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+    if not isinstance(cache, SparseCache):
+        return
+    ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+    new = ids if ids is not None else kwargs.get("inputs_embeds")
+    if new is None:
+        return  # the model itself complains
+    cache.fit_rows(new.shape[0])
+    cache.follow_mask(kwargs.get("attention_mask"), new.shape[1])
+    if cache.decode is not None and cache.ids is not None:
         if ids is None:
             raise ConfigError(
                 "evicting by text while decoding needs input_ids; the model was given inputs_embeds"
@@ -283,7 +294,7 @@ def _add_layer_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotary = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-    added = {"layer_inputs": (hidden, rotary)}
+    added: dict[str, Any] = {"layer_inputs": (hidden, rotary)}
     if decoding:
         added["sparse_cache"] = cache
     return args, kwargs | added

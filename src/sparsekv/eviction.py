@@ -39,7 +39,7 @@ def stored_budget(budget: Budget, n_seen: int, n_stored: int) -> Budget:
 
 def keeps_everything(budget: Budget, n: int) -> bool:
     """True if nothing of `n` entries can leave: then scoring is skipped (some methods can't score short contexts)."""
-    return budget.given and budget.n_kept(n) >= n
+    return n == 0 or (budget.given and budget.n_kept(n) >= n)
 
 
 def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
@@ -56,7 +56,7 @@ def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
     )
 
 
-def keep_by_tokens(
+def kept_by_tokens(
     cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget
 ) -> Tensor:
     """BoolTensor [B, H, T seen]: what `policy` keeps of the entries that `layer` stores."""
@@ -64,14 +64,13 @@ def keep_by_tokens(
     device = layer.store.keys.device
     context = token_context(cache, device)
     real_seen = cache.real_seen().tolist()
+    real_columns = None if cache.real is None else cache.real_columns().to(device)
     kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)
     segments = layer.columns()
     for row in range(cache.batch):
-        real = (
-            None
-            if cache.real is None
-            else nn.functional.pad(cache.real[row], (0, seen - cache.real.shape[1]), value=True).to(device)
-        )
+        real = None if real_columns is None else real_columns[row]
+        if not real_seen[row]:
+            continue  # a chunk of padding only
         seed = cache.seeds[row] if cache.seeds else 0
         last: tuple[Tensor, Tensor] | None = None
         for head in range(heads):
@@ -102,45 +101,45 @@ def row_contexts(
 ) -> list[tuple[LayerContext, Tensor]]:
     """(context, columns [H, n]) of every row without padding, right after the layer attended to the newest tokens.
 
-    Raises ConfigError where a layer policy can't see the stored entries as one dense tensor.
+    Raises ConfigError where a layer policy can't see a row's stored entries as one dense tensor.
     """
-    if not layer.is_uniform:
-        raise ConfigError(
-            "this cache stores different numbers of entries per row or kv head, so its keys can't be scored again; "
-            "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
-        )
-    keys, values = layer.dense()
     cos, sin = rotary
+    real = None if cache.real is None else cache.real_columns()
     contexts = []
     stored_columns = layer.columns()
     for row in range(layer.batch):
-        columns = torch.stack(stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads])
-        start, n_hidden = 0, hidden.shape[1]
-        if cache.real is not None:
-            real = nn.functional.pad(
-                cache.real[row], (0, layer.get_seq_length() - cache.real.shape[1]), value=True
+        per_head = stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads]
+        if len({len(columns) for columns in per_head}) > 1:
+            raise ConfigError(
+                "this cache stores different numbers of entries per kv head, so its keys can't be scored again; "
+                "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
             )
-            inside = real.to(columns.device)[columns]
+        columns = torch.stack(per_head)
+        start = 0
+        if real is not None:
+            inside = real[row].to(columns.device)[columns]
             start = int((~inside[0]).sum())
             if not bool(inside[:, start:].all()):
                 raise ConfigError("padding between tokens: layer policies need left padding only")
-            n_hidden = min(n_hidden, columns.shape[1] - start)
         spot = min(row, cos.shape[0] - 1)
         n = columns.shape[1] - start
+        n_hidden = min(hidden.shape[1], n)
+        first = hidden.shape[1] - n_hidden
+        keys, values = layer.row(row)
         ctx = LayerContext(
             module=module,
             layer_idx=index,
-            hidden_states=hidden[row : row + 1, -n_hidden:],
-            keys=keys[row : row + 1, :, start:],
-            values=values[row : row + 1, :, start:],
-            position_embeddings=(cos[spot : spot + 1, -n_hidden:], sin[spot : spot + 1, -n_hidden:]),
+            hidden_states=hidden[row : row + 1, first:],
+            keys=keys[None, :, start:],
+            values=values[None, :, start:],
+            position_embeddings=(cos[spot : spot + 1, first:], sin[spot : spot + 1, first:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
         )
         contexts.append((ctx, columns[:, start:]))
     return contexts
 
 
-def keep_by_layer(
+def kept_by_layer(
     module: nn.Module,
     index: int,
     cache: SparseCache,
@@ -168,7 +167,7 @@ def keep_by_layer(
     return kept
 
 
-def keep_in_layer(
+def kept_in_layer(
     cache: SparseCache,
     module: nn.Module,
     index: int,
@@ -182,9 +181,9 @@ def keep_in_layer(
     if not isinstance(layer, SparseLayer):
         raise ConfigError(f"layer {index} has the model's own sliding window and can't be compacted")
     if isinstance(policy, TokenPolicy):
-        return keep_by_tokens(cache, index, layer, policy, budget)
+        return kept_by_tokens(cache, index, layer, policy, budget)
     if isinstance(policy, LayerPolicy):
-        return keep_by_layer(module, index, cache, layer, policy, budget, hidden, rotary)
+        return kept_by_layer(module, index, cache, layer, policy, budget, hidden, rotary)
     raise ConfigError(
         f"method {policy.name!r} runs the model itself; it works only right after a whole prefill"
     )
@@ -199,27 +198,34 @@ def evict_layer(
         return
     hidden, rotary = inputs
     if isinstance(decode.policy, LayerPolicy):
-        hidden, rotary = _remember(layer, hidden, rotary)
+        hidden, rotary = remember_inputs(layer, hidden, rotary)
     decode.since[index] = decode.since.get(index, 0) + inputs[0].shape[1]
     if decode.since[index] < decode.every:
         return
     decode.since[index] = 0
-    n_stored = int(layer.stored().max())
-    if decode.budget.given and n_stored <= int(decode.budget.n_kept(cache.seen)):
+    n_stored = layer.stored().amax(dim=1).tolist()
+    if decode.budget.given and all(
+        n <= decode.budget.n_kept(seen) for n, seen in zip(n_stored, cache.real_seen().tolist(), strict=True)
+    ):
         return
     layer.keep(
-        keep_in_layer(cache, module, index, decode.policy, decode.budget, hidden, rotary), cache.rotation()
+        kept_in_layer(cache, module, index, decode.policy, decode.budget, hidden, rotary), cache.rotation()
     )
 
 
-def _remember(
+def remember_inputs(
     layer: SparseLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The newest hidden states of this layer, with their rotary embeddings, for observation windows."""
-    parts = (hidden, *(x.expand(hidden.shape[0], -1, -1) for x in rotary))
+    """The newest hidden states of this layer, with their rotary embeddings, for observation windows.
+
+    At most `HIDDEN_TOKENS` tokens: those of this forward after the ones remembered from earlier forwards.
+    """
+    cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
     held = layer.recent_inputs
     if held is not None and held[0].shape[0] == hidden.shape[0]:
-        parts = tuple(torch.cat([old, new], dim=1) for old, new in zip(held, parts, strict=True))  # type: ignore[assignment]
-    parts = tuple(x[:, -HIDDEN_TOKENS:] for x in parts)  # type: ignore[assignment]
-    layer.recent_inputs = tuple(x.clone() for x in parts)
-    return parts[0], (parts[1], parts[2])
+        hidden, cos, sin = (
+            torch.cat([old, new], dim=1) for old, new in zip(held, (hidden, cos, sin), strict=True)
+        )
+    hidden, cos, sin = (x[:, -HIDDEN_TOKENS:].clone() for x in (hidden, cos, sin))
+    layer.recent_inputs = hidden, cos, sin
+    return hidden, (cos, sin)

@@ -8,6 +8,7 @@ Shape letters: B rows, T tokens of the context, Q of the question.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,9 +20,9 @@ from transformers.cache_utils import Cache
 from sparsekv import architecture
 from sparsekv.attention import prepare
 from sparsekv.cache.rope import inverse_frequencies
-from sparsekv.cache.sparse import DecodeEviction, SparseCache
+from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.eviction import keep_in_layer, row_contexts
+from sparsekv.eviction import HIDDEN_TOKENS, kept_in_layer, remember_inputs, row_contexts
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import (
     LayerPolicy,
@@ -80,7 +81,8 @@ def compress(
     attention_mask : [B, T], optional
         0 for padding, on the left. Each row keeps what it would keep alone.
     chunk : int >= 1, optional
-        Read that many tokens at a time and evict after each, so that at most budget + chunk entries are held.
+        Read at most that many tokens at a time, in pieces of equal size, and evict after each, so that at most
+        budget + chunk entries are held.
     phase : "prefill", "decode" or "both"
         When to evict: once after the context, while generating, or both.
     cache : SparseCache, optional
@@ -123,15 +125,22 @@ def compress(
         cache.rotary = inverse_frequencies(architecture.text_model(plain))
     if phase in ("decode", "both") and not isinstance(policy, (TokenPolicy, LayerPolicy)):
         raise ConfigError(f"method {policy.name!r} can't evict while decoding; use phase='prefill'")
+    if phase != "prefill" and isinstance(policy, LayerPolicy) and budget.scope == "model":
+        raise ConfigError("budget scope 'model' needs the whole context at once; use phase='prefill'")
+    cache.decode = None  # an earlier turn's eviction must not run while this one reads
+    remember = phase != "prefill" and isinstance(policy, LayerPolicy)
     if phase == "decode":
-        _read(plain, input_ids, cache, None, budget, chunk)
+        _read(plain, input_ids, cache, None, budget, chunk, remember)
     elif isinstance(policy, NativePolicy):
         raise ConfigError(
             f"method {policy.name!r} changes more than which entries stay, so it runs only by kvpress's own hooks: "
             "use it in `sparsekv eval`, or kvpress's pipeline"
         )
     else:
-        _read(plain, input_ids, cache, policy, budget, chunk)
+        _read(plain, input_ids, cache, policy, budget, chunk, remember)
+    if not remember:
+        for _, layer in cache.sparse_layers():
+            layer.recent_inputs = None
     if not (isinstance(policy, TokenPolicy) and policy.needs_ids and phase != "prefill"):
         cache.ids = None
     cache.decode = DecodeEviction(policy, budget, every) if phase != "prefill" else None
@@ -166,7 +175,12 @@ def _cache_for(
             )
         if not bool(attention_mask.bool().any(dim=1).all()):
             raise ConfigError("attention_mask has a row without any real token")
-        cache.real = None if bool(attention_mask.all()) else attention_mask.bool()
+        mask = attention_mask.bool().to(input_ids.device)
+        if cache.seen and not torch.equal(mask[:, : cache.seen], cache.real_columns().to(mask.device)):
+            raise ConfigError("attention_mask differs from that of the earlier turns in columns already seen")
+        cache.real = None if bool(mask.all()) else mask
+    elif cache.real is not None:
+        cache.real = nn.functional.pad(cache.real_columns(), (0, input_ids.shape[1] - cache.seen), value=True)
     if cache.real is not None:
         steps = cache.real.long().diff(dim=1)
         if cache.intact and bool((steps < 0).any()):
@@ -184,11 +198,17 @@ def _read(
     policy: Policy | None,
     budget: Budget,
     chunk: int | None,
+    remember: bool,
 ) -> None:
-    """Run the model over the tokens that the cache has not seen, evicting after each chunk."""
+    """Run the model over the tokens that the cache has not seen, evicting after each chunk.
+
+    With `remember`, each layer keeps its newest inputs, so that the first evictions while decoding have an
+    observation window.
+    """
     start, total = cache.seen, input_ids.shape[1]
-    step = chunk or total - start
-    single = step >= total - start
+    n_pieces = math.ceil((total - start) / (chunk or total))
+    step = math.ceil((total - start) / n_pieces)  # a short last piece might not fill an observation window
+    single = n_pieces == 1
     if isinstance(policy, ModelPolicy) or (isinstance(policy, TokenPolicy) and policy.own_prefill):
         if start or not single:
             raise ConfigError(
@@ -205,35 +225,41 @@ def _read(
         if cache.real is not None and bool(cache.real.all()):
             cache.real = None
         mask = cache.real
-        scores: list[Tensor] = []
+        scores: list[tuple[Tensor, Tensor]] = []  # per layer: scores [1, H, n] and their columns [H, n]
 
         def evict(
             module: nn.Module,
             index: int,
             hidden: Tensor,
             rotary: tuple[Tensor, Tensor],
-            into: list[Tensor] = scores,
+            into: list[tuple[Tensor, Tensor]] = scores,
         ) -> None:
+            layer = require_sparse(cache.layers[index])
+            if remember:
+                recent = remember_inputs(layer, hidden, rotary)
+                if hidden.shape[1] < HIDDEN_TOKENS:
+                    hidden, rotary = recent
             if policy is None:
                 return
             if isinstance(policy, LayerPolicy) and budget.scope == "model":
-                layer = cache.layers[index]
-                contexts = row_contexts(module, index, cache, layer, hidden, rotary)  # type: ignore[arg-type]
-                if len(contexts) > 1:
+                if cache.batch > 1:
                     raise ConfigError("budget scope 'model' takes one row at a time")
-                into.append(policy.score_layer(contexts[0][0], budget))
+                ((ctx, columns),) = row_contexts(module, index, cache, layer, hidden, rotary)
+                into.append((policy.score_layer(ctx, budget), columns))
                 return
-            kept = keep_in_layer(cache, module, index, policy, budget, hidden, rotary)
+            kept = kept_in_layer(cache, module, index, policy, budget, hidden, rotary)
             if not _keeps_all(kept, cache):
                 cache.keep_in_layer(index, kept)
 
         with after_each_layer(model, evict):
             run_decoder(model, input_ids[:, begin:end], cache, mask)
         if scores:
-            kept = keep_top(torch.stack(scores, dim=1), budget)
-            for place, index in enumerate(cache.compressible):
-                if not bool(kept[:, place].all()):
-                    cache.keep_in_layer(index, kept[:, place])
+            chosen = keep_top(torch.stack([s for s, _ in scores], dim=1), budget)[0]
+            if not bool(chosen.all()):
+                for index, of_layer, (_, columns) in zip(cache.compressible, chosen, scores, strict=True):
+                    kept = torch.zeros(1, of_layer.shape[0], end, dtype=torch.bool, device=of_layer.device)
+                    kept[0].scatter_(-1, columns, of_layer)
+                    cache.keep_in_layer(index, kept)
     cache.real = full_real
 
 

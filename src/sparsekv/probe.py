@@ -85,8 +85,8 @@ class Request:
 class Prefilled:
     """A whole cache and what each request would keep of it.
 
-    `selections[key]` is [1, L, H, T]; `select_s[key]` the seconds spent on scoring and choosing (a scoring that
-    several requests share is counted for each of them).
+    `selections[key]` is [1, L, H, T] (L and H 1 where shared), on the CPU. `select_s[key]` is the seconds spent on
+    scoring and choosing (a scoring that several requests share is counted for each of them).
     """
 
     cache: SparseCache
@@ -167,7 +167,7 @@ def prefill(
     for request in requests:
         begin = time.perf_counter()
         if isinstance(request.policy, TokenPolicy):
-            selections[request.key] = request.policy.select(context, request.budget)
+            selections[request.key] = request.policy.select(context, request.budget).to("cpu")
         else:
             if request.key in scores:
                 chosen = keep_top(torch.stack(scores[request.key], dim=1), request.budget)

@@ -171,11 +171,17 @@ class Selection:
 
 
 def stack(selections: Sequence[Selection]) -> Selection:
-    """Selections over the same columns as one batch; shared layers and heads are expanded where they differ."""
+    """Selections over the same columns as one batch, on the device of the first.
+
+    Shared layers and heads are expanded where they differ. Hard selections only.
+    """
+    if any(s.log_weight is not None for s in selections):
+        raise ConfigError("stack takes hard selections; one of these has a log_weight")
+    device = selections[0].evicted_at.device
     n_layers = max(s.shape[1] for s in selections)
     n_heads = max(s.shape[2] for s in selections)
     return Selection(
-        torch.cat([s.evicted_at.expand(-1, n_layers, n_heads, -1) for s in selections]).contiguous()
+        torch.cat([s.evicted_at.to(device).expand(-1, n_layers, n_heads, -1) for s in selections])
     )
 
 

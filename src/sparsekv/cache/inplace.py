@@ -22,7 +22,8 @@ def evict_dynamic_cache_inplace(cache: Cache, keep_idx: Tensor | Sequence[int]) 
     """Keep only the entries at `keep_idx` (columns, any order, duplicates ignored) in every full-attention layer.
 
     The layers are replaced, because a stock layer cannot report seen != stored: afterwards `get_seq_length()` is still
-    the number of tokens seen, and later tokens get the right positions under any attention implementation.
+    the number of tokens seen, and later tokens get the right positions under any attention implementation. For rows
+    without padding: a pad at a kept column would be seen by later tokens (`compress` takes an attention_mask).
 
     Parameters
     ----------
@@ -46,7 +47,10 @@ def evict_dynamic_cache_inplace(cache: Cache, keep_idx: Tensor | Sequence[int]) 
         )
     if cache.offloading:
         raise ConfigError("evict_dynamic_cache_inplace takes a DynamicCache without offloading")
-    indices = torch.as_tensor(keep_idx, dtype=torch.long).unique()
+    given = torch.as_tensor(keep_idx)
+    if given.numel() and (given.dtype == torch.bool or given.is_floating_point()):
+        raise ConfigError(f"keep_idx must hold column indices (whole numbers), got {given.dtype}")
+    indices = given.long().cpu().unique()
     seen = cache.get_seq_length()
     if indices.numel() == 0:
         raise ConfigError("keep_idx is empty: at least one entry must stay")
@@ -65,7 +69,7 @@ def evict_dynamic_cache_inplace(cache: Cache, keep_idx: Tensor | Sequence[int]) 
             sparse.update(layer.keys, layer.values)
         kept = torch.zeros(1, 1, sparse.get_seq_length(), dtype=torch.bool)
         kept[..., indices] = True
-        sparse.keep(kept.expand(sparse.batch, 1, -1))  # type: ignore[union-attr]
+        sparse.keep(kept.expand(sparse.batch, 1, -1))
         layers.append(sparse)
     cache.layers = layers
     cache.layer_class_to_replicate = None

@@ -18,7 +18,7 @@ This module knows nothing of attention, policies or models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,13 @@ _GROWTH = (
 
 
 @dataclass
+class _Guard:
+    """Tail slots of one buffer that some snapshot still needs. Shared by all states that lie in that buffer."""
+
+    tail: int = 0
+
+
+@dataclass
 class _Store:
     """What a snapshot shares. `counts[s]` prefix entries, `room` tail slots of which `tail` are used."""
 
@@ -50,6 +57,7 @@ class _Store:
     batch: int
     moved: Tensor | None = None  # bool [sum(counts)]: keys that stand re-rotated in the buffer
     origin: Tensor | None = None  # [moved.sum(), D]: those keys as they were first computed
+    guard: _Guard = field(default_factory=_Guard)
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,13 @@ class SparseLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self._store: _Store | None = None
-        self._protected = 0  # tail slots of the present buffer that a snapshot still needs
         self.n_kv_heads = 0
-        self.recent_inputs: tuple[Tensor, ...] | None = (
-            None  # newest hidden states, for layer policies while decoding
-        )
+        # hidden states, cos, sin [B, n, ...] of the newest tokens, for layer policies while decoding
+        self.recent_inputs: tuple[Tensor, ...] | None = None
 
     # transformers reads these on some paths; they exist only while the layer is dense
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """Dense view [B, H, stored, D], or None if the layer is empty or ragged."""
         return self.dense()[0] if self._store is not None and self.is_uniform else None
 
@@ -91,7 +97,7 @@ class SparseLayer(CacheLayerMixin):
         self._refuse_assignment(value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """Dense view [B, H, stored, D], or None if the layer is empty or ragged."""
         return self.dense()[1] if self._store is not None and self.is_uniform else None
 
@@ -183,8 +189,8 @@ class SparseLayer(CacheLayerMixin):
                 last += 1
             n, size = last - first, counts[first] + store.room
             used = counts[first] + store.tail
-            keys = store.keys.narrow(0, offset, n * size).view(n, size, -1)[:, :used]
-            values = store.values.narrow(0, offset, n * size).view(n, size, -1)[:, :used]
+            keys = _segments(store.keys, offset, n, size)[:, :used]
+            values = _segments(store.values, offset, n, size)[:, :used]
             yield Group(first, last, counts[first], keys, values)
             first, offset = last, offset + n * size
 
@@ -198,6 +204,21 @@ class SparseLayer(CacheLayerMixin):
         (group,) = self.groups()
         shape = (self.batch, self.n_kv_heads)
         return group.keys.unflatten(0, shape), group.values.unflatten(0, shape)
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        """Views [H, stored, D] of one row, whatever the others store.
+
+        Raises ConfigError if the counts of its kv heads differ.
+        """
+        store, heads = self.store, self.n_kv_heads
+        first = index * heads
+        counts = store.counts[first : first + heads]
+        if len(set(counts)) > 1:
+            raise ConfigError("the kv heads of this row of the cache store different numbers of entries")
+        size, used = counts[0] + store.room, counts[0] + store.tail
+        offset = sum(store.counts[:first]) + first * store.room
+        keys, values = (_segments(x, offset, heads, size)[:, :used] for x in (store.keys, store.values))
+        return keys, values
 
     def columns(self) -> list[Tensor]:
         """Columns stored by each segment, ascending: LongTensors, row-major over (row, kv head)."""
@@ -242,7 +263,7 @@ class SparseLayer(CacheLayerMixin):
             raise ConfigError(
                 f"the cache holds {store.batch} rows, the model was given {key_states.shape[0]}"
             )
-        if store.tail + n_new > store.room or store.tail < self._protected:
+        if store.tail + n_new > store.room or store.tail < store.guard.tail:
             spare = n_new if n_new > 1 else _GROWTH
             self._relayout(room=store.tail + spare)
         new_keys, new_values = key_states.flatten(0, 1), value_states.flatten(0, 1)
@@ -260,11 +281,10 @@ class SparseLayer(CacheLayerMixin):
         old = (store.keys, store.values)
         source = list(self.groups())
         store.keys, store.values = (x.new_empty(total, x.shape[-1]) for x in old)
-        store.room = room
+        store.room, store.guard = room, _Guard()
         for before, after in zip(source, self.groups(), strict=True):
             after.keys.copy_(before.keys)
             after.values.copy_(before.values)
-        self._protected = 0
 
     # ---- taking out ---------------------------------------------------------------------------------------------
 
@@ -277,7 +297,17 @@ class SparseLayer(CacheLayerMixin):
             True where the entry of that column stays. Columns taken out before are ignored.
         rotation : Rotation, optional
             Re-rotate the kept keys to consecutive positions.
+
+        Raises
+        ------
+        ConfigError
+            If `kept` is for another number of rows or columns.
         """
+        if kept.shape[0] != self.batch or kept.shape[-1] != self.get_seq_length():
+            raise ConfigError(
+                f"kept is for {kept.shape[0]} rows and {kept.shape[-1]} columns; "
+                f"the cache has {self.batch} rows and has seen {self.get_seq_length()} columns"
+            )
         rows = torch.arange(self.batch, device=kept.device)
         self._rebuild(kept, rows, rotation)
 
@@ -334,7 +364,6 @@ class SparseLayer(CacheLayerMixin):
             moved=moved,
             origin=origin,
         )
-        self._protected = 0
 
     def _rerotate(
         self, keys: Tensor, entry: Tensor, columns: Tensor, row: Tensor, counts: Tensor, rotation: Rotation
@@ -394,8 +423,10 @@ class SparseLayer(CacheLayerMixin):
             batch=len(rows),
             moved=moved,
             origin=origin,
+            guard=_Guard(),
         )
-        self._protected = 0
+        if self.recent_inputs is not None:
+            self.recent_inputs = tuple(x[rows.to(x.device)] for x in self.recent_inputs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search."""
@@ -421,8 +452,11 @@ class SparseLayer(CacheLayerMixin):
         dropped = store.seen - max(length, 0)
         if dropped <= 0:
             return
+        if self.recent_inputs is not None:
+            left = self.recent_inputs[0].shape[1] - dropped
+            self.recent_inputs = tuple(x[:, :left] for x in self.recent_inputs) if left > 0 else None
         if dropped <= store.tail:
-            # The buffer stays: only its used part shrinks. A snapshot that needs the rest is protected on append.
+            # The buffer stays: only its used part shrinks. Its guard keeps a snapshot that needs the rest intact.
             self._store = replace(store, tail=store.tail - dropped, seen=store.seen - dropped)
             return
         column = torch.arange(store.seen, device=store.keys.device)
@@ -436,27 +470,30 @@ class SparseLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._store, self._protected = None, 0
+        self._store, self.recent_inputs = None, None
 
     def snapshot(self) -> Any:
         """The present state, by lengths: nothing is copied. Later appends do not disturb it."""
         if self._store is None:
             return None
-        self._protected = max(self._protected, self._store.tail)
-        return replace(self._store), self._protected
+        self._store.guard.tail = max(self._store.guard.tail, self._store.tail)
+        return replace(self._store), self.recent_inputs
 
     def restore(self, state: Any) -> None:
         """Back to a snapshot of this layer."""
         if state is None:
             self.reset()
             return
-        store, protected = state
-        same_buffer = self._store is not None and self._store.keys is store.keys
-        self._protected = max(self._protected, protected) if same_buffer else store.tail
+        store, self.recent_inputs = state
         self._store = replace(store)
 
     def offload(self) -> None:
         raise ConfigError("SparseCache does not take part in transformers' layer offloading")
+
+
+def _segments(flat: Tensor, offset: int, n: int, size: int) -> Tensor:
+    """View [n, size, D] of `n` neighbouring segments that start at slot `offset`."""
+    return flat.narrow(0, offset, n * size).view(n, size, flat.shape[-1])
 
 
 def _owned(flat: Tensor) -> Tensor:

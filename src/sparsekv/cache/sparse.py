@@ -39,9 +39,15 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, cache_kwargs)
-        if self.keys.shape[-2] < keys.shape[-2]:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        left = self.held()
+        if left[0].shape[-2] < keys.shape[-2]:
+            self.keys, self.values = (x.clone() for x in left)
         return keys, values
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the window, [B, H, up to sliding_window - 1, D]; both empty before the first update."""
+        keys, values = self.keys, self.values
+        return (torch.empty(0), torch.empty(0)) if keys is None or values is None else (keys, values)
 
     def snapshot(self) -> Any:
         """References suffice: an update makes new tensors."""
@@ -120,7 +126,7 @@ class SparseCache(Cache):
 
     def sparse_layers(self) -> list[tuple[int, SparseLayer]]:
         """(layer index, layer) of every compressible layer."""
-        return [(i, self.layers[i]) for i in self.compressible]  # type: ignore[misc]
+        return [(i, self.layers[i]) for i in self.compressible]
 
     @property
     def seen(self) -> int:
@@ -156,7 +162,7 @@ class SparseCache(Cache):
 
     def _window_bytes(self) -> int:
         windows = [layer for layer in self.layers if isinstance(layer, WindowLayer) and layer.is_initialized]
-        return sum(t.numel() * t.element_size() for layer in windows for t in (layer.keys, layer.values))
+        return sum(t.numel() * t.element_size() for layer in windows for t in layer.held())
 
     def stored_counts(self) -> Tensor:
         """IntTensor [compressible layers, B, H]: entries stored."""
@@ -166,18 +172,19 @@ class SparseCache(Cache):
         """LongTensor [B]: tokens seen, padding not counted."""
         if self.real is None:
             return torch.full((self.batch,), self.seen, dtype=torch.int64)
-        missing = self.seen - self.real.shape[1]
-        return self.real.sum(dim=1).cpu() + missing
+        return self.real_columns().sum(dim=1).cpu()
 
     @property
     def achieved_compression(self) -> list[float]:
         """Per row: 1 - stored / full entries over real tokens and compressible layers.
 
-        Meaningful right after eviction; padding that is still stored is not counted.
+        Padding that is still stored is not counted.
         """
-        pads = 0 if self.real is None else (~self.real).sum(dim=1).cpu() * self.intact
-        stored = (self.stored_counts() - (pads[None, :, None] if isinstance(pads, Tensor) else 0)).double()
-        return (1 - stored.mean(dim=(0, 2)) / self.real_seen().double()).tolist()
+        if self.real is None:
+            stored = self.stored_counts().double().mean(dim=(0, 2))
+        else:
+            stored = self.kept_columns()[:, self.compressible].sum(dim=-1).double().mean(dim=(1, 2))
+        return (1 - stored / self.real_seen().double()).tolist()
 
     def kept_columns(self) -> Tensor:
         """BoolTensor [B, L, H, T seen]: what is stored now (layers with their own window: everything)."""
@@ -188,16 +195,13 @@ class SparseCache(Cache):
             for segment, columns in enumerate(layer.columns()):
                 kept[segment // heads, index, segment % heads, columns.cpu()] = True
         if self.real is not None:
-            kept[..., : self.real.shape[1]] &= self.real.cpu()[:, None, None, :]
+            kept &= self.real_columns().cpu()[:, None, None, :]
         return kept
 
     def selection(self) -> Selection:
         """What is stored, as a Selection in which everything missing left at the present column."""
         kept = self.kept_columns()
-        pad = torch.zeros(self.batch, self.seen, dtype=torch.bool)
-        if self.real is not None:
-            pad[:, : self.real.shape[1]] = ~self.real.cpu()
-        return Selection.from_kept(kept, pad=pad)
+        return Selection.from_kept(kept, pad=~self.real_columns().cpu())
 
     # ---- taking out -----------------------------------------------------------------------------------------------
 
@@ -225,6 +229,7 @@ class SparseCache(Cache):
         twin = SparseCache(self.config)
         twin.rotary, twin.tokenizer = self.rotary, self.tokenizer
         rows = len(selections)
+        twin.seeds = None if self.seeds is None else self.seeds * rows
         twin.real = None if self.real is None else self.real.expand(rows, -1)
         twin.ids = None if self.ids is None else self.ids.expand(rows, -1)
         joint = self._fitting(stack(list(selections)))
@@ -256,12 +261,11 @@ class SparseCache(Cache):
         """LongTensor [B or 1, T seen]: RoPE position of each column."""
         if self.real is None:
             return torch.arange(self.seen)[None]
-        real = torch.nn.functional.pad(self.real.long(), (0, self.seen - self.real.shape[1]), value=1)
-        return real.cumsum(dim=1) - 1
+        return self.real_columns().long().cumsum(dim=1) - 1
 
     def check_attention(self) -> None:
         """Raise a ConfigError if what is stored can't be read by the model's present attention."""
-        if self.config._attn_implementation == ATTENTION:
+        if self.config._attn_implementation == ATTENTION or self.intact:
             return
         counts = self.stored_counts()
         if self.real is not None or int(counts.min()) != int(counts.max()):
@@ -271,19 +275,76 @@ class SparseCache(Cache):
             )
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values [B, H, Q, D] to a layer.
 
         `generate` repeats its inputs for beams and for several sequences, but not a cache that it is given: when a
         multiple of the rows comes, the cache repeats its own in the same order.
         """
-        rows, held = key_states.shape[0], self.batch
-        if held and rows != held:
-            if rows % held:
-                raise ConfigError(f"the cache holds {held} rows, the model was given {rows}: not a multiple")
-            self.batch_repeat_interleave(rows // held)
+        self.fit_rows(key_states.shape[0])
+        if layer_idx == 0:
+            self.check_attention()
         return super().update(key_states, value_states, layer_idx, cache_kwargs)
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        """(width, offset) of a layer's mask. One mask serves all compressible layers, so the fullest decides."""
+        if isinstance(self.layers[layer_idx], WindowLayer):
+            return super().get_mask_sizes(cache_position, layer_idx)
+        return max(layer.get_mask_sizes(cache_position) for _, layer in self.sparse_layers())
+
+    # ---- the next forward -----------------------------------------------------------------------------------------
+
+    def fit_rows(self, rows: int) -> None:
+        """Repeat each row, as `generate` does with its inputs, if a multiple of the rows held is about to come."""
+        held = self.batch
+        if not held or rows == held:
+            return
+        if rows % held:
+            raise ConfigError(f"the cache holds {held} rows, the model was given {rows}: not a multiple")
+        self.batch_repeat_interleave(rows // held)
+
+    def follow_mask(self, attention_mask: Any, n_new: int) -> None:
+        """Learn which of `n_new` coming columns are padding, from the attention mask [B, seen + n_new] of a forward.
+
+        Raises
+        ------
+        ConfigError
+            If the mask contradicts what the cache knows of the columns it has seen, or is missing although rows
+            are padded: positions would silently be wrong.
+        """
+        if attention_mask is None and self.real is not None:
+            raise ConfigError(
+                "rows of this cache are padded; give the attention_mask [B, tokens seen + new ones]"
+            )
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            return
+        total = self.seen + n_new
+        if attention_mask.shape[1] != total:
+            raise ConfigError(
+                f"attention_mask covers {attention_mask.shape[1]} columns; the cache has seen {self.seen} and is "
+                f"given {n_new} more"
+            )
+        mask = attention_mask.bool()
+        if self.real is None and bool(mask.all()):
+            return
+        if not torch.equal(mask[:, : self.seen], self.real_columns().to(mask.device)):
+            raise ConfigError(
+                "attention_mask differs from the one that the context was read with; give the whole mask of "
+                "context and question"
+            )
+        self.real = mask
+
+    def real_columns(self) -> Tensor:
+        """BoolTensor [B, T seen]: False for padding."""
+        if self.real is None:
+            return torch.ones(self.batch, self.seen, dtype=torch.bool)
+        known = self.real[:, : self.seen]
+        return torch.nn.functional.pad(known, (0, self.seen - known.shape[1]), value=True)
 
     # ---- rows and time --------------------------------------------------------------------------------------------
 
@@ -291,13 +352,13 @@ class SparseCache(Cache):
         """The present state, to `restore` later: lengths and references, nothing is copied."""
         state = {name: getattr(self, name) for name in ("real", "ids", "rotary", "decode", "seeds")}
         since = dict(self.decode.since) if self.decode else {}
-        return [layer.snapshot() for layer in self.layers], state, since  # type: ignore[attr-defined]
+        return [layer.snapshot() for layer in self.layers], state, since
 
     def restore(self, snapshot: Any) -> None:
         """Back to a snapshot of this cache; a snapshot can be restored any number of times."""
         layers, state, since = snapshot
         for layer, saved in zip(self.layers, layers, strict=True):
-            layer.restore(saved)  # type: ignore[attr-defined]
+            layer.restore(saved)
         for name, value in state.items():
             setattr(self, name, value)
         if self.decode:
@@ -310,7 +371,16 @@ class SparseCache(Cache):
                 "assisted decoding (assistant_model, prompt_lookup_num_tokens) does not work with SparseCache: "
                 "rejected tokens may have evicted entries; generate without it"
             )
-        super().crop(max_length)
+        length = self.seen + max_length if max_length < 0 else max_length
+        if length >= self.seen:
+            return
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer) and layer.cumulative_length >= layer.sliding_window:
+                raise ConfigError(
+                    f"the model's sliding window of {layer.sliding_window} tokens has moved on, so the cache can't "
+                    "be cropped; use snapshot and restore"
+                )
+        super().crop(length)
         for name in ("real", "ids"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[:, : self.seen])
