@@ -167,6 +167,12 @@ class TokenPolicy(Policy):
         return Selection(out)
 
 
+class PositionPolicy(TokenPolicy):
+    """A token policy that looks at positions alone."""
+
+    needs_ids = False
+
+
 class LayerPolicy(Policy):
     """A policy that decides inside each layer, from its keys, values and hidden states."""
 

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from sparsekv.errors import ConfigError
-from sparsekv.policies.base import TokenPolicy, TokenRow
+from sparsekv.policies.base import PositionPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.picks import evenly
 from sparsekv.policies.sizes import check_size, total_beside
 
 
 @dataclass(frozen=True)
-class Ladder(TokenPolicy):
+class Ladder(PositionPolicy):
     """Keeps sinks and recent entries in all layers, and of the rest a span that shifts with depth (LaCache).
 
     The middle is cut into ladders of W = 1 + ceil((D - S) / (S - O)) consecutive entries, D being the number

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsekv.policies.base import TokenPolicy, TokenRow
+from sparsekv.policies.base import PositionPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.picks import drawn, row_generator, spread_blocks, strided_blocks
 from sparsekv.policies.sizes import check_size, refuse_budget, require_budget, total_beside
@@ -36,7 +36,7 @@ def keep_ends(row: TokenRow, n_sink: int, n_recent: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Full(TokenPolicy):
+class Full(PositionPolicy):
     """Keeps everything: the uncompressed baseline. A budget changes nothing."""
 
     name = "full"
@@ -47,7 +47,7 @@ class Full(TokenPolicy):
 
 
 @dataclass(frozen=True)
-class Random(TokenPolicy):
+class Random(PositionPolicy):
     """Keeps a uniformly random subset, drawn for every layer and kv head on its own: the baseline to beat.
 
     Parameters
@@ -80,7 +80,7 @@ class Random(TokenPolicy):
 
 
 @dataclass(frozen=True)
-class SinkRecent(TokenPolicy):
+class SinkRecent(PositionPolicy):
     """Keeps the attention sinks and the most recent entries (StreamingLLM, arXiv 2309.17453, section 3).
 
     A budget sets the total: the sinks stay and the recent window takes the rest.
@@ -113,7 +113,7 @@ class SinkRecent(TokenPolicy):
 
 
 @dataclass(frozen=True)
-class UniformMiddle(TokenPolicy):
+class UniformMiddle(PositionPolicy):
     """Keeps sinks, recent entries, and blocks evenly spread over what lies between.
 
     By a budget (the total): the sinks stay, then the recent window, and the middle takes the rest, in as few
@@ -169,7 +169,7 @@ class UniformMiddle(TokenPolicy):
 
 
 @dataclass(frozen=True)
-class SlidingWindow(TokenPolicy):
+class SlidingWindow(PositionPolicy):
     """Every query sees itself and the `window - 1` entries before it; the prefill itself is windowed.
 
     So entry k leaves at column k + window, and `window - 1` entries are stored between two tokens.
