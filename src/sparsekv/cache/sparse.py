@@ -332,7 +332,7 @@ class SparseCache(Cache):
         mask = attention_mask.bool()
         if self.real is None and bool(mask.all()):
             return
-        if not torch.equal(mask[:, : self.seen], self.real_columns().to(mask.device)):
+        if self.seen and not torch.equal(mask[:, : self.seen], self.real_columns().to(mask.device)):
             raise ConfigError(
                 "attention_mask differs from the one that the context was read with; give the whole mask of "
                 "context and question"
