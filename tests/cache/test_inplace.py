@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import masked_logits
-from toy import FAMILIES, tiny_model
 from transformers import DynamicCache, StaticCache
 
+from oracle import masked_logits
 from sparsekv.attention import prepare
 from sparsekv.cache.inplace import evict_dynamic_cache_inplace
 from sparsekv.errors import ConfigError
 from sparsekv.selection import Selection
+from toy import FAMILIES, tiny_model
 
 T, Q = 40, 7
 KEPT = [0, 1, 2, 17, 18, *range(30, 40)]

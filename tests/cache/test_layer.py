@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import tiny_config
 
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
 from sparsekv.selection import Selection
+from toy import tiny_config
 
 H, D = 2, 3
 ENTRY = 4  # bytes of one fp32 number
@@ -31,13 +31,20 @@ class ByHand:
         for row in range(keys.shape[0]):
             for head in range(H):
                 for i in range(keys.shape[2]):
-                    entry = (self.seen + i, tuple(keys[row, head, i].tolist()), tuple(values[row, head, i].tolist()))
+                    entry = (
+                        self.seen + i,
+                        tuple(keys[row, head, i].tolist()),
+                        tuple(values[row, head, i].tolist()),
+                    )
                     self.held[row][head].append(entry)
         self.seen += keys.shape[2]
 
     def keep(self, kept: torch.Tensor) -> None:
         self.held = [
-            [[e for e in head if bool(kept[r, min(h, kept.shape[1] - 1), e[0]])] for h, head in enumerate(row)]
+            [
+                [e for e in head if bool(kept[r, min(h, kept.shape[1] - 1), e[0]])]
+                for h, head in enumerate(row)
+            ]
             for r, row in enumerate(self.held)
         ]
 
@@ -65,7 +72,9 @@ def check(layer: SparseLayer, hand: ByHand) -> None:
         if len({len(head) for head in heads}) == 1:
             keys, values = layer.row(row)
             assert [[tuple(k) for k in head] for head in keys.tolist()] == [[e[1] for e in h] for h in heads]
-            assert [[tuple(v) for v in head] for head in values.tolist()] == [[e[2] for e in h] for h in heads]
+            assert [[tuple(v) for v in head] for head in values.tolist()] == [
+                [e[2] for e in h] for h in heads
+            ]
     sizes = {len(head) for head in flat}
     assert layer.is_uniform == (len(sizes) == 1)
     width, offset = layer.get_mask_sizes(torch.zeros(2))
@@ -94,7 +103,8 @@ def fresh(rows: int, n_tokens: int, generator: torch.Generator) -> tuple[SparseL
 
 
 OPERATIONS = st.lists(
-    st.sampled_from(["one", "few", "many", "keep", "shared", "take", "crop", "snapshot", "restore"]), max_size=14
+    st.sampled_from(["one", "few", "many", "keep", "shared", "take", "crop", "snapshot", "restore"]),
+    max_size=14,
 )
 
 
@@ -168,7 +178,7 @@ def test_forks_are_compacted_copies_that_share_nothing(seed, copies, again):
 
 def test_single_tokens_copy_the_prefix_once_in_sixty_four():
     generator = torch.Generator().manual_seed(0)
-    layer, hand = fresh(2, 12, generator)
+    layer, _ = fresh(2, 12, generator)
     layer.keep(torch.rand(2, H, 12, generator=generator) < 0.5)
     buffers = set()
     for _ in range(129):

@@ -1,19 +1,19 @@
-"""Padding over several turns, chunks and while decoding: every row is what the masked forward says, or what it is alone."""
+"""Padding over several turns, chunks and while decoding: each row is what the masked forward says, or what it is alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Scatter, SmallKeys
-from toy import tiny_model, toy_tokenizer
-
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
+from toy import tiny_model, toy_tokenizer
 
 T, Q = 40, 7
 TOLERANCE = 1e-4
@@ -75,11 +75,15 @@ def test_chunks_of_a_padded_batch_equal_the_masked_forward(family):
     assert (masked - stepped_logits(model, cache, ids, mask, [3, 1, 3])).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["knorm", "tova", "sink_recent", "uniform_middle", "random", "ladder", "anchors"])
+@pytest.mark.parametrize(
+    "name", ["knorm", "tova", "sink_recent", "uniform_middle", "random", "ladder", "anchors"]
+)
 def test_methods_take_chunks_that_are_padding_for_some_row(name):
     model = prepare(tiny_model("llama"))
     ids, mask = padded(60, 0, 29)
-    cache = compress(model, ids, make_policy(name), 16, chunk=12, attention_mask=mask, tokenizer=toy_tokenizer())
+    cache = compress(
+        model, ids, make_policy(name), 16, chunk=12, attention_mask=mask, tokenizer=toy_tokenizer()
+    )
     assert cache.stored_counts().unique().tolist() == [16]
     assert not bool(cache.kept_columns()[1, :, :, :29].any())
 

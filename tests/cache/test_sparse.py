@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged, SmallKeys
-from toy import tiny_model, toy_tokenizer
-
 from sparsekv.attention import prepare
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
@@ -18,6 +17,7 @@ from sparsekv.policies import make_policy
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection, stack
+from toy import tiny_model, toy_tokenizer
 
 T, Q = 40, 7
 
