@@ -67,7 +67,7 @@ def _evaluate(path: Path, overrides: list[str], command: str) -> None:
     if not outcome.results:
         raise ConfigError("nothing was evaluated")
     console = Console()
-    width = console.width if console.is_terminal else 200
+    width = max(console.width, 80) if console.is_terminal else 200
     console = Console(width=width)
     summary = summarize(outcome.results, labels_of(outcome.run))
     console.print(to_rich(summary, width))

@@ -65,13 +65,23 @@ alias_app = typer.Typer(
 alias_app.command()(evaluate_alias)
 
 
+def share_cores() -> None:
+    """Let idle threads sleep instead of spin. OpenMP reads it when torch is loaded; a user's own setting stays.
+
+    Spinning threads gain little on free cores; on cores that others use too they make torch many times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def run() -> None:
     """Entry point of `sparsekv`."""
+    share_cores()
     sys.exit(call(app, "sparsekv"))
 
 
 def run_eval() -> None:
     """Entry point of `sparsekv-eval`."""
+    share_cores()
     sys.exit(call(alias_app, "sparsekv-eval"))
 
 

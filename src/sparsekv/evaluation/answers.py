@@ -118,24 +118,22 @@ class Answerer:
         self, prompt: Prompt, settings: dict[int, Setting], traced: Traced | None
     ) -> dict[int, Reply]:
         read = self.read(prompt, settings)
-        step = prompt.context_tokens
-        if traced is not None:
-            for index, setting in settings.items():
-                traced(setting, SelectionTrace.from_selection(read.selections[index], [step]))
+        sizes: dict[int, tuple[float, int, int]] = {}
+        for index, setting in settings.items():
+            alone = read.cache.fork([read.selections[index]])
+            sizes[index] = self._sizes(alone)
+            if traced is not None:
+                traced(setting, trace_of(alone))
         # Neighbours with equal counts share one attention call, so rows are sorted by how much they keep.
-        kept = {i: int((read.selections[i].evicted_at > step).sum()) for i in settings}
-        order = sorted(settings, key=lambda i: kept[i])
+        order = sorted(settings, key=lambda index: sizes[index][1])
         batches = [order] if self.batch_cells else [[index] for index in order]
         replies: dict[int, Reply] = {}
         for batch in batches:
-            sizes = [self._sizes(read.cache.fork([read.selections[index]])) for index in batch]
             cache = read.cache.fork([read.selections[index] for index in batch])
             if batch is batches[-1]:
                 read.cache.reset()
-            for index, size, (text, reason, perplexity) in zip(
-                batch, sizes, self._respond(prompt, cache), strict=True
-            ):
-                replies[index] = Reply(text, reason, *size, perplexity=perplexity)
+            for index, (text, reason, perplexity) in zip(batch, self._respond(prompt, cache), strict=True):
+                replies[index] = Reply(text, reason, *sizes[index], perplexity=perplexity)
         return replies
 
     def _answer_alone(self, prompt: Prompt, setting: Setting, traced: Traced | None) -> Reply:

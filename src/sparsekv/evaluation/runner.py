@@ -17,7 +17,7 @@ from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.cells import Cell, Setting, Task
-from sparsekv.evaluation.cost import can_measure, measure
+from sparsekv.evaluation.cost import can_measure, measure, quick_collections
 from sparsekv.evaluation.folder import RunFolder, check_identity
 from sparsekv.evaluation.identity import commit, identity, machine, versions
 from sparsekv.evaluation.plan import Plan, make_plan
@@ -255,12 +255,13 @@ class _Run:
             (cell, prompt) for cell, prompt in todo if (cell.cell_id, prompt.example.example_id) not in done
         ]
         self.progress.start("costs", len(todo), len(todo) - len(left))
-        for cell, prompt in left:
-            self.progress.task(str(cell.task))
-            row = measure(self.answerer, cell, prompt, self.config.cost_new_tokens)
-            self.folder.costs.append([row])
-            self.costs.append(row)
-            self.progress.advance(1)
+        with quick_collections():
+            for cell, prompt in left:
+                self.progress.task(str(cell.task))
+                row = measure(self.answerer, cell, prompt, self.config.cost_new_tokens)
+                self.folder.costs.append([row])
+                self.costs.append(row)
+                self.progress.advance(1)
 
     # ---- summing up
     # -------------------------------------------------------------------------------------------------

@@ -60,12 +60,12 @@ def scores_png(
             label=method,
         )
     n_tasks = len(summary.percentages)
-    axes.set_xlabel("achieved compression (fraction of the context's KV entries removed)")
+    axes.set_xlabel("achieved compression (fraction of KV entries removed)")
     axes.set_ylabel(f"average score over {n_tasks} task{'s' if n_tasks != 1 else ''} (0–100)")
     achieved = [line.achieved for lines in curves.values() for line in lines]
     axes.set_xlim(max(-0.02, min(achieved) - 0.08), min(1.0, max(achieved) + 0.08))
     top = max(line.average for line in summary.lines if line.average is not None)
-    axes.set_ylim(-2, min(103, top * 1.08 + 3))
+    axes.set_ylim(-0.02 * max(top, 10), min(103, max(top, 10) * 1.08 + 1))
     axes.grid(True, color="0.9")
     axes.set_axisbelow(True)
     for side in ("top", "right"):

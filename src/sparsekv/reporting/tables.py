@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MEGABYTE = 1e6
-LEAD = ("method", "ratio", "average")
-TRAIL = ("achieved", "cache MB", "tokens/s")
+LEAD = ("method", "requested", "achieved", "average")
+TRAIL = ("cache MB", "tokens/s")
 
 
 def labels_of(run: Mapping[str, Any]) -> dict[str, str]:
@@ -22,25 +22,18 @@ def labels_of(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cells(line: Line, columns: Sequence[str]) -> list[str]:
-    """The texts of one line, in the order method, ratio, average, tasks, achieved, cache MB, tokens/s."""
+    """The texts of one line, in the order of LEAD, the task columns and TRAIL."""
     average = "–" if line.average is None else f"{line.average:.1f}{'' if line.complete else '*'}"
     scores = [f"{line.scores[name]:.1f}" if name in line.scores else "–" for name in columns]
     speed = "–" if line.tokens_per_s is None else f"{line.tokens_per_s:.1f}"
-    return [
-        line.method,
-        line.requested,
-        average,
-        *scores,
-        f"{line.achieved:.3f}",
-        f"{line.cache_bytes / MEGABYTE:.2f}",
-        speed,
-    ]
+    lead = [line.method, line.requested, f"{line.achieved:.3f}", average]
+    return [*lead, *scores, f"{line.cache_bytes / MEGABYTE:.2f}", speed]
 
 
 def notes(summary: Summary) -> list[str]:
     """What a reader must know to read the table."""
     found = [
-        "ratio: requested compression_ratio, the fraction of context entries removed; achieved: the fraction "
+        "requested: compression_ratio, the fraction of the context's entries to remove; achieved: the fraction "
         "really removed; cache MB: 10^6 bytes after the context was compacted, mean over rows",
     ]
     if any(line.tokens_per_s is not None for line in summary.lines):

@@ -1,0 +1,72 @@
+"""Rows of results.jsonl, computed by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from sparsekv.evaluation.cells import Cell, Setting, Task
+from sparsekv.evaluation.records import CostRow, PredictionRow, ResultRow
+from sparsekv.evaluation.results import result_row, standard_error
+
+CELL = Cell(
+    Task("ruler", "vt", 1024),
+    Setting("snapkv", {"window_size": 8}, "mine", 0.5, None, "head", "prefill", False, None),
+)
+IDENTITY = {"model": "m", "adapter": None, "dtype": "float32", "device": "cpu", "seed": 3}
+
+
+def prediction(score: float, achieved: float, n_bytes: int) -> PredictionRow:
+    row: dict[str, Any] = dict.fromkeys(PredictionRow.__annotations__)
+    row |= {"score": score, "achieved_compression": achieved, "attended_fraction": 1.0}
+    row |= {"cache_bytes": n_bytes, "full_cache_bytes": 2 * n_bytes}
+    return row  # type: ignore[return-value]
+
+
+def cost(prefill_s: float, select_s: float | None, rate: float, peak: int | None) -> CostRow:
+    return CostRow(
+        cell_id="c",
+        example_id="e",
+        prefill_s=prefill_s,
+        select_s=select_s,
+        decode_tokens_per_s=rate,
+        peak_bytes=peak,
+    )
+
+
+def test_means_of_predictions_and_medians_of_costs() -> None:
+    predictions = [prediction(100.0, 0.50, 10), prediction(0.0, 0.52, 20), prediction(50.0, 0.51, 30)]
+    costs = [cost(1.0, None, 10.0, 5), cost(9.0, 0.2, 30.0, None), cost(2.0, 0.4, 20.0, 7)]
+    row = result_row(CELL, "string_match_all", predictions, costs, IDENTITY, "abc")
+    assert set(row) == set(ResultRow.__annotations__)
+    assert (row["score"], row["n"]) == (50.0, 3)
+    assert row["stderr"] == pytest.approx(50 / math.sqrt(3))  # sample standard deviation of 100, 0, 50 is 50
+    assert row["achieved_compression"] == pytest.approx(0.51)
+    assert (row["cache_bytes"], row["full_cache_bytes"], row["active_bytes"]) == (20, 40, 20)
+    assert (row["prefill_s"], row["select_s"], row["decode_tokens_per_s"]) == (2.0, pytest.approx(0.3), 20.0)
+    assert (row["peak_bytes"], row["passive_bytes"], row["attended_fraction"]) == (6, 0, 1.0)
+    assert (row["method"], row["method_args"], row["compression_ratio"]) == (
+        "snapkv",
+        {"window_size": 8},
+        0.5,
+    )
+    assert (row["benchmark"], row["task"], row["context_length"], row["commit"]) == (
+        "ruler",
+        "vt",
+        1024,
+        "abc",
+    )
+
+
+def test_costs_that_were_not_measured_are_null() -> None:
+    row = result_row(CELL, "string_match_all", [prediction(1.0, 0.5, 1)], [], IDENTITY, None)
+    for name in ("prefill_s", "select_s", "decode_tokens_per_s", "peak_bytes", "stderr", "commit"):
+        assert row[name] is None  # type: ignore[literal-required]
+
+
+def test_standard_error() -> None:
+    assert standard_error([5.0]) is None
+    assert standard_error([5.0, 5.0]) == 0.0
+    assert standard_error([0.0, 100.0, 100.0, 0.0]) == pytest.approx(math.sqrt(10000 / 3) / 2)

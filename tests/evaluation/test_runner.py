@@ -1,0 +1,312 @@
+"""Runs on the toy model: what is written, resumed, extended and refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparsekv.config import EvalConfig, parse_config
+from sparsekv.errors import ConfigError
+from sparsekv.evaluation.answers import Answerer
+from sparsekv.evaluation.folder import RunFolder
+from sparsekv.evaluation.records import PredictionRow, ResultRow
+from sparsekv.evaluation.runner import Outcome, Silent, run_evaluation
+from sparsekv.selection import SelectionTrace
+
+Settings = Callable[..., dict[str, Any]]
+
+
+def run(settings: dict[str, Any], progress: Any = None) -> Outcome:
+    config = parse_config(EvalConfig, settings)
+    with RunFolder(config.output_dir) as folder:
+        return run_evaluation(config, folder, command="test", progress=progress)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def predictions(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return lines(Path(settings["output_dir"]) / "predictions.jsonl")
+
+
+def by_key(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {(row["cell_id"], row["example_id"]): row for row in rows}
+    assert len(found) == len(rows), "a row is repeated"
+    return found
+
+
+class Counting(Silent):
+    """Counts rows and can stop the run."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.rows, self.stop_after, self.starts = 0, stop_after, []
+
+    def start(self, what: str, total: int, done: int) -> None:
+        self.starts.append((what, total, done))
+
+    def advance(self, rows: int) -> None:
+        self.rows += rows
+        if self.stop_after is not None and self.rows >= self.stop_after:
+            raise KeyboardInterrupt
+
+
+def test_a_run_writes_every_row_and_sums_it_up(toy_eval: Settings) -> None:
+    settings = toy_eval(cost_rows=1, cost_new_tokens=3)
+    counting = Counting()
+    outcome = run(settings, counting)
+    rows = predictions(settings)
+    assert len(by_key(rows)) == 4 * 5  # examples × (full + 2 methods × 2 ratios)
+    assert all(set(row) == set(PredictionRow.__annotations__) for row in rows)
+    assert counting.starts == [("answers", 20, 0), ("costs", 10, 0)] and counting.rows == 30
+    results = lines(Path(settings["output_dir"]) / "results.jsonl")
+    assert results == outcome.results and not outcome.interrupted
+    assert len(results) == 2 * 5 and all(set(row) == set(ResultRow.__annotations__) for row in results)
+    for result in results:
+        own = [row for row in rows if row["cell_id"] == result["cell_id"]]
+        assert result["n"] == len(own) == 2
+        assert result["score"] == sum(row["score"] for row in own) / 2
+        assert result["cache_bytes"] == sum(row["cache_bytes"] for row in own) / 2
+        assert result["decode_tokens_per_s"] > 0 and result["prefill_s"] > 0 and result["select_s"] >= 0
+        assert result["peak_bytes"] is None or result["peak_bytes"] > 10**7
+        expected = result["compression_ratio"]
+        assert result["achieved_compression"] == pytest.approx(expected, abs=0.01)
+        assert (result["dtype"], result["device"], result["metric"]) == ("float32", "cpu", "string_match_all")
+        assert result["full_cache_bytes"] == sum(r["context_tokens"] for r in own) / 2 * 2 * 3 * 2 * 16 * 4
+    ratios = [r["cache_bytes"] / r["full_cache_bytes"] for r in results if r["compression_ratio"] == 0.75]
+    assert all(0.25 <= ratio < 0.28 for ratio in ratios)
+
+
+def test_scores_are_those_of_the_metric(toy_eval: Settings, tmp_path: Path) -> None:
+    """Rows whose reference is what the model says score 100, others 0."""
+    said = {row["example_id"]: row["prediction"] for row in _full_only(toy_eval, tmp_path / "a", None)}
+    source = Path(toy_eval()["benchmarks"][0]["path"])
+    rows = lines(source)
+    for index, (row, text) in enumerate(zip(rows, said.values(), strict=True)):
+        row["answer"] = text.strip()[1:4] if index % 2 == 0 else "not what it says"
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [row["score"] for row in _full_only(toy_eval, tmp_path / "b", changed)]
+    assert scores == [100.0, 0.0, 100.0, 0.0]
+
+
+def _full_only(toy_eval: Settings, folder: Path, data: Path | None) -> list[dict[str, Any]]:
+    settings = toy_eval(methods=["full"], output_dir=str(folder))
+    if data is not None:
+        settings["benchmarks"] = [{"name": "local", "path": str(data)}]
+    run(settings)
+    return predictions(settings)
+
+
+def test_run_json_says_what_ran(toy_eval: Settings) -> None:
+    settings = toy_eval(methods=["full"])
+    run(settings)
+    data = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert data["identity"]["model"] == "toy-llama" and data["identity"]["dtype"] == "float32"
+    assert data["seed"] == 0 and data["command"] == "test" and data["finished"]
+    assert data["config"]["methods"][0]["name"] == "full"
+    assert {"python", "torch", "transformers", "kvpress", "sparsekv"} <= set(data["versions"])
+    assert data["machine"]["cores"] >= 1 and len(data["sessions"]) == 1
+
+
+def test_the_same_run_again_does_nothing(toy_eval: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = toy_eval(cost_rows=1, cost_new_tokens=2)
+    first = run(settings)
+    before = (Path(settings["output_dir"]) / "predictions.jsonl").read_bytes()
+
+    def never(*args: Any) -> None:
+        raise AssertionError("answered again")
+
+    monkeypatch.setattr(Answerer, "answer", never)
+    counting = Counting()
+    second = run(settings, counting)
+    assert second.results == first.results and counting.rows == 0
+    assert (Path(settings["output_dir"]) / "predictions.jsonl").read_bytes() == before
+    assert len(second.run["sessions"]) == 2
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(toy_eval: Settings, tmp_path: Path) -> None:
+    settings = toy_eval()
+    stopped = run(settings, Counting(stop_after=10))
+    assert stopped.interrupted and len(predictions(settings)) == 10
+    assert {row["n"] for row in stopped.results} == {2} and len(stopped.results) == 5  # task "a" is done
+    assert stopped.run["finished"] is None
+    done = run(settings)
+    whole = toy_eval(output_dir=str(tmp_path / "whole"))
+    run(whole)
+    assert not done.interrupted
+    assert by_key(predictions(settings)) == by_key(predictions(whole))
+
+
+def test_a_torn_last_line_is_answered_again(toy_eval: Settings) -> None:
+    settings = toy_eval()
+    run(settings)
+    path = Path(settings["output_dir"]) / "predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    run(settings)
+    assert by_key(predictions(settings)) == by_key([json.loads(line) for line in whole.splitlines()])
+
+
+def test_methods_ratios_and_rows_extend_a_folder(toy_eval: Settings, tmp_path: Path) -> None:
+    settings = toy_eval(methods=["full", "knorm"], compression_ratios=[0.5], limit=1)
+    run(settings)
+    first = predictions(settings)
+    assert len(first) == 2 * 2
+    extended = run(toy_eval())
+    assert predictions(settings)[: len(first)] == first
+    whole = toy_eval(output_dir=str(tmp_path / "whole"))
+    assert [r["score"] for r in extended.results] == [r["score"] for r in run(whole).results]
+    assert by_key(predictions(settings)) == by_key(predictions(whole))
+    # A smaller command afterwards loses nothing: the other cells stay in the results.
+    again = run(toy_eval(methods=["full"], limit=1))
+    assert len(again.results) == 10 and {row["n"] for row in again.results} == {2}
+
+
+def test_new_tasks_extend_a_folder(toy_eval: Settings, toy_data: Path) -> None:
+    only_a = {"name": "local", "path": str(toy_data), "tasks": ["a"]}
+    settings = toy_eval(methods=["full"], benchmarks=[only_a])
+    run(settings)
+    outcome = run(toy_eval(methods=["full"]))
+    assert [row["task"] for row in outcome.results] == ["a", "b"] and len(predictions(settings)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
+        ({"query_aware": True}, "query_aware was False, now True"),
+        ({"max_new_tokens": 3}, "max_new_tokens was None, now 3"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(
+    toy_eval: Settings, change: dict[str, Any], expected: str
+) -> None:
+    settings = toy_eval(methods=["full"], limit=1)
+    run(settings)
+    before = {p.name: p.read_bytes() for p in Path(settings["output_dir"]).iterdir()}
+    with pytest.raises(ConfigError) as caught:
+        run(settings | change)
+    assert expected in str(caught.value)
+    assert before == {p.name: p.read_bytes() for p in Path(settings["output_dir"]).iterdir()}
+
+
+def test_other_weights_under_the_same_name_are_refused(toy_eval: Settings, tmp_path: Path) -> None:
+    import toy
+
+    settings = toy_eval(methods=["full"], limit=1)
+    run(settings | {"model": str(toy.save_toy_model(tmp_path / "x" / "m", seed=1))})
+    with pytest.raises(ConfigError, match="weights was"):
+        run(settings | {"model": str(toy.save_toy_model(tmp_path / "y" / "m", seed=2))})
+
+
+def test_changed_data_is_refused_and_named(toy_eval: Settings, toy_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(toy_data.read_text())
+    settings = toy_eval(methods=["full"], benchmarks=[{"name": "local", "path": str(data)}])
+    run(settings)
+    data.write_text(toy_data.read_text().replace("lazy dog near tower 37", "lazy cat near tower 37"))
+    with pytest.raises(
+        ConfigError, match=r"the prompt of local/a/0001 has sha .*the data of local/a changed"
+    ):
+        run(settings)
+    data.write_text(toy_data.read_text().replace('"answer": "hen"', '"answer": "cock"'))
+    with pytest.raises(ConfigError, match=r"references of local/b/\d+ were \['hen'\], now \['cock'\]"):
+        run(settings)
+    more = json.loads(toy_data.read_text().splitlines()[-1]) | {"context": "A new row. " * 20}
+    data.write_text(toy_data.read_text() + json.dumps(more) + "\n")
+    assert {row["n"] for row in run(settings).results} == {2, 3}
+
+
+def test_a_full_disk_keeps_the_results_so_far(toy_eval: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = toy_eval(methods=["full"])
+    real = os.write
+    written = []
+
+    def fills_up(descriptor: int, data: bytes) -> int:
+        if b'"prompt_sha"' in bytes(data):
+            written.append(1)
+            if len(written) > 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fills_up)
+    with pytest.raises(OSError, match="No space"):
+        run(settings)
+    monkeypatch.undo()
+    kept = predictions(settings)
+    assert len(kept) == 2
+    run(settings)
+    assert predictions(settings)[:2] == kept and len(by_key(predictions(settings))) == 4
+
+
+def test_selections_are_recorded_where_they_can_be_told(toy_eval: Settings) -> None:
+    methods = ["full", "knorm", "kvzip", "adakv_snapkv", "merging_knorm"]
+    settings = toy_eval(methods=methods, compression_ratios=[0.5], record_selections=1, limit=2)
+    outcome = run(settings)
+    folder = Path(settings["output_dir"]) / "selections"
+    told = {row["cell_id"] for row in outcome.results if row["method"] != "merging_knorm"}
+    assert {p.name for p in folder.iterdir()} == told
+    rows = by_key(predictions(settings))
+    for cell_id in told:
+        (file,) = (folder / cell_id).iterdir()
+        trace = SelectionTrace.load(file)
+        row = rows[cell_id, file.name.removesuffix(".safetensors").replace(".", "/")]
+        heads = [head for layer in trace.kept[0] for head in layer]
+        assert trace.length == row["context_tokens"] and len(heads) == 3 * 2
+        assert 1 - sum(map(len, heads)) / (6 * trace.length) == pytest.approx(row["achieved_compression"])
+
+
+def test_perplexity_is_scored_beside_answers(toy_eval: Settings) -> None:
+    benchmarks = [
+        {"name": "perplexity", "context_length": 200, "rows": 2, "continuation_tokens": 40},
+        toy_eval()["benchmarks"][0],
+    ]
+    outcome = run(
+        toy_eval(methods=["full", "knorm"], compression_ratios=[0.75], benchmarks=benchmarks, limit=1)
+    )
+    scored = [row for row in outcome.results if row["metric"] == "perplexity"]
+    assert [row["method"] for row in scored] == ["full", "knorm"]
+    assert all(row["score"] > 1 for row in scored) and scored[0]["score"] != scored[1]["score"]
+
+
+def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(toy_eval: Settings, tmp_path: Path) -> None:
+    """kill -9 while rows are being written, then resume: the predictions of an uninterrupted run."""
+    data = tmp_path / "many.jsonl"
+    base = lines(Path(toy_eval()["benchmarks"][0]["path"]))
+    rows = [row | {"context": f"{i} {row['context']}"} for i in range(4) for row in base]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = toy_eval(benchmarks=[{"name": "local", "path": str(data)}])
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    log = Path(settings["output_dir"]) / "predictions.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsekv.cli.main", "eval", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < len(log.read_bytes().splitlines()) < len(rows) * 5
+    run(settings)
+    whole = settings | {"output_dir": str(tmp_path / "whole")}
+    run(whole)
+    assert by_key(predictions(settings)) == by_key(predictions(whole))
+    assert len(predictions(settings)) == len(rows) * 5
