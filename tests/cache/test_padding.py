@@ -1,4 +1,4 @@
-"""Padding over several turns, chunks and while decoding: each row is what the masked forward says, or what it is alone."""
+"""Padding over turns, chunks and while decoding: each row is what the masked forward says, or what it is alone."""
 
 from __future__ import annotations
 
