@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
+from sparsekv.policies.base import TokenPolicy
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
 from toy import tiny_model, toy_tokenizer
@@ -113,10 +116,6 @@ def test_a_model_wide_budget_of_a_padded_row_is_that_of_the_row_alone():
 
 
 def test_padding_in_layers_that_keep_everything_is_not_counted_as_stored():
-    from dataclasses import dataclass
-
-    from sparsekv.policies.base import TokenPolicy
-
     @dataclass(frozen=True)
     class Late(TokenPolicy):
         """Only the last layer loses its first half."""
@@ -147,3 +146,28 @@ def test_masks_that_contradict_the_cache_are_refused():
     with pytest.raises(ConfigError, match="earlier turns"):
         compress(model, ids, Ends(), 0.5, cache=cache, attention_mask=torch.ones_like(mask))
     assert cache.seen == T, "a refused forward must leave the cache alone"
+
+
+def test_layers_that_evict_at_different_times_share_a_mask_wide_enough_for_all():
+    """The first layer has just been compacted when the others still hold a longer tail, and padding forces a mask."""
+
+    @dataclass(frozen=True)
+    class Odd(TokenPolicy):
+        """Twelve newest entries in the first layer, two in the others."""
+
+        name: str = "odd"
+
+        def keep_row(self, row, budget):
+            column = torch.arange(row.n).expand(row.context.n_layers, 1, -1)
+            n_kept = torch.tensor([12] + [2] * (row.context.n_layers - 1))[:, None, None]
+            return column >= row.n - n_kept
+
+    model = prepare(tiny_model("llama"))
+    ids, mask = padded(T + 60, 0, 10)
+    options = {"phase": "both", "every": 1}
+    cache = compress(model, ids[:, :T], Odd(), 20, attention_mask=mask[:, :T], **options)
+    together = stepped_logits(model, cache, ids, mask, [1] * 60)
+    alone = compress(model, ids[1:, 10:T], Odd(), 20, **options)
+    assert (
+        together[1] - stepped_logits(model, alone, ids[1:, 10:], None, [1] * 60)[0]
+    ).abs().max() <= TOLERANCE
