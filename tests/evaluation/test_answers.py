@@ -11,7 +11,7 @@ import torch
 from sparsekv.benchmarks.base import Example
 from sparsekv.benchmarks.scoring import PERPLEXITY
 from sparsekv.config import EvalConfig, parse_config
-from sparsekv.evaluation.answers import Answerer, example_seed
+from sparsekv.evaluation.answers import Answerer, example_seed, pack
 from sparsekv.evaluation.cells import Setting, settings
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.generation import compress
@@ -71,6 +71,19 @@ def test_every_method_answers_as_it_does_alone(answerer: Answerer, prompt: Promp
     answerer.batch_cells = False
     assert answerer.answer(prompt, found) == alone
     assert len({r.prediction for r in together}) > len(METHODS)  # the answers do depend on what was evicted
+
+
+def test_batches_are_bounded_by_memory(
+    answerer: Answerer, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {i: (0.0, n_bytes, 100) for i, n_bytes in enumerate([10, 10, 30, 30, 99])}
+    monkeypatch.setattr("sparsekv.evaluation.answers.BATCH_BYTES", 50)
+    assert pack([0, 1, 2, 3, 4], sizes) == [[0, 1, 2], [3], [4]]
+    monkeypatch.undo()
+    found = chosen()
+    whole = answerer.answer(prompt, found)
+    monkeypatch.setattr("sparsekv.evaluation.answers.BATCH_BYTES", 2 * whole[0].cache_bytes)
+    assert answerer.answer(prompt, found) == whole
 
 
 def test_a_shared_prefill_gives_what_compress_and_generate_give(answerer: Answerer, prompt: Prompt) -> None:

@@ -55,25 +55,24 @@ def generate(
     from sparsekv.cli.quiet import quieten
 
     quieten()
-    from sparsekv.config import EvalConfig, parse_config
     from sparsekv.evaluation.ask import ask
+    from sparsekv.policies.budget import Budget
 
-    settings = {
-        "model": model,
-        "adapter": adapter,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "benchmarks": [{"name": "ruler"}],
-        "methods": [method],
-        "compression_ratios": [] if ratio is None else [ratio],
-        "budget_tokens": [] if budget_tokens is None else [budget_tokens],
-        "chunk": chunk,
-        "query_aware": query_aware,
-        "truncate": truncate,
-        "max_new_tokens": max_new_tokens,
-    }
-    report = ask(parse_config(EvalConfig, settings), text, question)
+    report = ask(
+        text,
+        question,
+        model=model,
+        method=method,
+        budget=Budget(ratio, budget_tokens),
+        adapter=adapter,
+        chunk=chunk,
+        query_aware=query_aware,
+        truncate=truncate,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
     typer.echo(report.answer.strip())
     typer.echo("")
     for line in report.lines():

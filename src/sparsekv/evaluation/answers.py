@@ -6,7 +6,7 @@ What can't share the prefill (methods that change it, chunked reading, eviction 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from sparsekv.generation import compress, greedy_decode
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.probe import Prefilled, Request, prefill
 from sparsekv.selection import SelectionTrace
+
+BATCH_BYTES = 2 * 2**30
+"""Caches that decode side by side take at most this much; a longer context decodes in more batches."""
 
 Traced = Callable[[Setting, SelectionTrace], None]
 
@@ -126,7 +129,7 @@ class Answerer:
                 traced(setting, trace_of(alone))
         # Neighbours with equal counts share one attention call, so rows are sorted by how much they keep.
         order = sorted(settings, key=lambda index: sizes[index][1])
-        batches = [order] if self.batch_cells else [[index] for index in order]
+        batches = pack(order, sizes) if self.batch_cells else [[index] for index in order]
         replies: dict[int, Reply] = {}
         for batch in batches:
             cache = read.cache.fork([read.selections[index] for index in batch])
@@ -170,6 +173,20 @@ class Answerer:
             (str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)), a.finish_reason, None)
             for a in answers
         ]
+
+
+def pack(order: Sequence[int], sizes: Mapping[int, tuple[float, int, int]]) -> list[list[int]]:
+    """`order` cut into batches whose caches take at most BATCH_BYTES together (or that are a single cell)."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in order:
+        n_bytes = sizes[index][1]
+        if not batches or n_bytes > room:
+            batches.append([])
+            room = BATCH_BYTES
+        batches[-1].append(index)
+        room -= n_bytes
+    return batches
 
 
 def trace_of(cache: SparseCache) -> SelectionTrace:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
-from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer, end_ids
-from sparsekv.evaluation.cells import UNCOMPRESSED, Task, settings
+from sparsekv.evaluation.cells import UNCOMPRESSED, Setting, Task, resolve
+from sparsekv.evaluation.cost import read_alone
 from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.plan import check_combinations, load_model_config, try_budgets
-from sparsekv.evaluation.prompts import assemble
+from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.generation import greedy_decode
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.policies.base import NativePolicy
+from sparsekv.policies.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,44 @@ class Report:
         ]
 
 
-def ask(config: EvalConfig, text: str, question: str) -> Report:
-    """Answer `question` about `text` with the config's one method and budget.
+def ask(
+    text: str,
+    question: str,
+    *,
+    model: str,
+    method: str,
+    budget: Budget,
+    adapter: str | None = None,
+    chunk: int | None = None,
+    query_aware: bool = False,
+    truncate: bool = False,
+    max_new_tokens: int = 128,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Answer `question` about `text` with a method at a budget; the parameters are those of `EvalConfig`.
 
     Raises
     ------
     ConfigError
         As `sparsekv eval` does, before weights are loaded.
     """
-    chosen = settings(config)
-    if len(chosen) != 1:
-        raise ConfigError(f"one method and one budget are needed, got {len(chosen)}")
-    setting = chosen[0]
-    check_combinations(chosen)
-    limit = config.max_new_tokens or 128
+    if max_new_tokens < 1 or (chunk is not None and chunk < 1):
+        raise ConfigError(f"max_new_tokens and chunk must be at least 1, got {max_new_tokens} and {chunk}")
+    name = resolve(method)
+    setting = Setting(
+        method=name,
+        args={},
+        label=name,
+        compression_ratio=0.0 if name == UNCOMPRESSED else budget.compression_ratio,
+        budget_tokens=None if name == UNCOMPRESSED else budget.tokens,
+        budget_scope=budget.scope,
+        phase="prefill",
+        query_aware=query_aware,
+        chunk=chunk,
+    )
+    check_combinations([setting])
     example = Example(
         example_id="ask",
         benchmark="ask",
@@ -80,29 +105,27 @@ def ask(config: EvalConfig, text: str, question: str) -> Report:
         question=question,
         answer_prefix="",
         references=("",),
-        max_new_tokens=limit,
+        max_new_tokens=max_new_tokens,
         metric="string_match_part",
         context_length=None,
     )
-    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = load_model_config(model)
     longest = max_context(model_config)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(model)
     prompt = assemble(
         example,
         tokenizer,
-        query_aware=config.query_aware,
-        max_tokens=None if config.chunk is not None else longest,
-        truncate=config.truncate,
+        query_aware=query_aware,
+        max_tokens=None if chunk is not None else longest,
+        truncate=truncate,
     )
-    try_budgets(chosen, {Task("ask", "ask", None): [prompt]}, model_config, tokenizer, longest)
-    model, tokenizer = load_model(
-        config.model,
-        adapter=config.adapter,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    answerer = Answerer(model, tokenizer, config.seed, longest)
+    try_budgets([setting], {Task("ask", "ask", None): [prompt]}, model_config, tokenizer, longest)
+    loaded, tokenizer = load_model(model, adapter=adapter, dtype=dtype, device=device)
+    return _answer(Answerer(loaded, tokenizer, seed, longest), setting, prompt)
+
+
+def _answer(answerer: Answerer, setting: Setting, prompt: Prompt) -> Report:
+    model, tokenizer = answerer.model, answerer.tokenizer
     policy = answerer.policy(setting)
     label = setting.label if setting.method == UNCOMPRESSED else f"{setting.label} at {setting.shown_budget}"
     begin = time.perf_counter()
@@ -120,22 +143,13 @@ def ask(config: EvalConfig, text: str, question: str) -> Report:
             time.perf_counter() - begin,
             None,
         )
-    select_s: float | None = None
-    if answerer.shares_prefill(setting):
-        read = answerer.read(prompt, {0: setting})
-        forked = time.perf_counter()
-        cache = read.cache.fork([read.selections[0]])
-        prefill_s, select_s = read.prefill_s, read.select_s[0] + time.perf_counter() - forked
-        del read
-    else:
-        cache = answerer.compress(prompt, setting)
-        prefill_s = time.perf_counter() - begin
+    cache, prefill_s, select_s = read_alone(answerer, prompt, setting)
     sizes = cache.achieved_compression[0], cache.nbytes, cache.full_nbytes
     begin = time.perf_counter()
     ids = prompt.question_ids.to(model.device)
     answer = greedy_decode(model, cache, ids, prompt.max_new_tokens, end_ids(model))[0]
     answer_s = time.perf_counter() - begin
-    text = str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    said = str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     return Report(
-        text, label, prompt.context_tokens, *sizes, prefill_s, select_s, answer_s, len(answer.token_ids)
+        said, label, prompt.context_tokens, *sizes, prefill_s, select_s, answer_s, len(answer.token_ids)
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sparsekv.cache.sparse import SparseCache
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.cells import Cell, Setting
 from sparsekv.evaluation.native import native_times
@@ -69,6 +70,23 @@ class PeakMemory:
         return None
 
 
+def read_alone(
+    answerer: Answerer, prompt: Prompt, setting: Setting
+) -> tuple[SparseCache, float, float | None]:
+    """A setting's compacted cache (not of a native method), with the seconds to read the context and to select.
+
+    Selecting is scoring, choosing and compacting; None where a method's eviction is part of its prefill.
+    """
+    begin = _now(answerer.model)
+    if not answerer.shares_prefill(setting):
+        cache = answerer.compress(prompt, setting)
+        return cache, _now(answerer.model) - begin, None
+    read = answerer.read(prompt, {0: setting})
+    begin = _now(answerer.model)
+    cache = read.cache.fork([read.selections[0]])
+    return cache, read.prefill_s, read.select_s[0] + _now(answerer.model) - begin
+
+
 def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> CostRow:
     """Run one setting on one prompt, alone, decoding `n_tokens` >= 2.
 
@@ -86,16 +104,7 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
     if isinstance(policy, NativePolicy):
         prefill_s, rate = native_times(model, answerer.tokenizer, prompt, policy, setting.budget, n_tokens)
     else:
-        if answerer.shares_prefill(setting):
-            read = answerer.read(prompt, {0: setting})
-            begin = _now(model)
-            cache = read.cache.fork([read.selections[0]])
-            prefill_s, select_s = read.prefill_s, read.select_s[0] + _now(model) - begin
-            del read
-        else:
-            begin = _now(model)
-            cache = answerer.compress(prompt, setting)
-            prefill_s = _now(model) - begin
+        cache, prefill_s, select_s = read_alone(answerer, prompt, setting)
         ids = prompt.question_ids.to(model.device)
         first = greedy_decode(model, cache, ids, 1, ())[0].token_ids
         last = torch.tensor([first], device=model.device)

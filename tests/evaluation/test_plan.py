@@ -1,0 +1,85 @@
+"""What is checked before any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsekv.config import EvalConfig, parse_config
+from sparsekv.errors import ConfigError
+from sparsekv.evaluation import plan as module
+from sparsekv.evaluation.cells import Task
+from sparsekv.evaluation.plan import Plan, make_plan
+
+
+def plan(toy_eval: Callable[..., Any], **changes: Any) -> Plan:
+    return make_plan(parse_config(EvalConfig, toy_eval(**changes)))
+
+
+def test_no_weights_are_needed(toy_eval: Callable[..., Any], tmp_path: Path, toy_model_dir: Path) -> None:
+    folder = tmp_path / "weightless"
+    folder.mkdir()
+    for file in toy_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    made = plan(toy_eval, model=str(folder))
+    assert made.longest == 8192 and len(made.cells) == 10 and made.n_rows == 20
+
+
+def test_limit_counts_rows_per_task(toy_eval: Callable[..., Any]) -> None:
+    made = plan(toy_eval, limit=1)
+    assert {str(task): len(rows) for task, rows in made.prompts.items()} == {"local/a": 1, "local/b": 1}
+    ruler = [{"name": "ruler", "tasks": ["vt"], "context_length": 2000, "rows": 5}]
+    assert [len(rows) for rows in plan(toy_eval, benchmarks=ruler, limit=2).prompts.values()] == [2]
+    assert [len(rows) for rows in plan(toy_eval, benchmarks=ruler, limit=9).prompts.values()] == [5]
+
+
+def test_a_longer_run_starts_with_the_same_rows(toy_eval: Callable[..., Any]) -> None:
+    ruler = [{"name": "ruler", "tasks": ["vt"], "context_length": 2000, "rows": 3}]
+    task = Task("ruler", "vt", 2000)
+    short = plan(toy_eval, benchmarks=ruler, limit=1).prompts[task]
+    long = plan(toy_eval, benchmarks=ruler).prompts[task]
+    assert [p.sha for p in long][:1] == [p.sha for p in short] and len({p.sha for p in long}) == 3
+
+
+def test_the_same_task_twice_is_an_error(toy_eval: Callable[..., Any]) -> None:
+    twice = toy_eval()["benchmarks"] * 2
+    with pytest.raises(ConfigError, match="task local/a is listed twice"):
+        plan(toy_eval, benchmarks=twice)
+
+
+def test_every_row_of_a_task_is_weighed_not_only_the_first(
+    toy_eval: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "context": text,
+            "question": "?",
+            "answer_prefix": "",
+            "answer": "x",
+            "max_new_tokens": 2,
+            "task": "a",
+        }
+        for text in ("long enough " * 30, "short")
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmarks = [{"name": "local", "path": str(data)}]
+    with pytest.raises(ConfigError, match="is under n_sink=4"):
+        plan(toy_eval, benchmarks=benchmarks, methods=["sink_recent"], compression_ratios=[0.9])
+    assert plan(toy_eval, benchmarks=benchmarks, methods=["sink_recent"], compression_ratios=[0.5])
+
+
+def test_nothing_is_downloaded_or_run_for_a_method_that_does_not_exist(
+    toy_eval: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was looked for")
+
+    monkeypatch.setattr(module, "load_tokenizer", never)
+    with pytest.raises(ConfigError, match="unknown method"):
+        plan(toy_eval, methods=["snapvk"])
