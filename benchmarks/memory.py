@@ -65,28 +65,25 @@ def freed(model, tokenizer, ids: torch.Tensor, method: str, ratio: float) -> Non
 def chunked(model, ids: torch.Tensor, slots: int, chunk: int) -> None:
     """Read a long text in chunks; count entries and bytes at every forward."""
     peak = {"entries": 0, "bytes": 0}
-    holder: list[SparseCache] = []
 
-    def watch(module, args, kwargs) -> None:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, SparseCache):
-            holder[:] = [cache]
-            layer = cache.layers[module.self_attn.layer_idx]
-            peak["entries"] = max(peak["entries"], int(layer.stored().max()) if layer.batch else 0)
-            peak["bytes"] = max(peak["bytes"], cache.nbytes)
-
-    def after(module, args, kwargs, output) -> None:
-        watch(module, args, kwargs)
+    def watch(module, args, kwargs, output) -> None:
+        cache = kwargs[
+            "past_key_values"
+        ]  # registered before compress's own hook: it sees the layer before eviction
+        layer = cache.layers[module.layer_idx]
+        peak["entries"] = max(peak["entries"], int(layer.stored().max()))
+        peak["bytes"] = max(peak["bytes"], cache.nbytes)
 
     handles = [
-        layer.register_forward_hook(after, with_kwargs=True) for layer in architecture.decoder_layers(model)
+        module.register_forward_hook(watch, with_kwargs=True)
+        for module in architecture.attention_modules(model)
     ]
     cache = compress(model, ids, make_policy("sink_recent"), Budget(tokens=slots), chunk=chunk, rerotate=True)
     for handle in handles:
         handle.remove()
     one = ideal_bytes(cache) / int(cache.stored_counts().max())
     print(
-        f"chunked sink_recent over {ids.shape[1]} tokens, {slots} slots, chunk {chunk}: after a layer's eviction "
+        f"chunked sink_recent over {ids.shape[1]} tokens, {slots} slots, chunk {chunk}: before a layer's eviction "
         f"at most {peak['entries']} entries per head; cache peak {peak['bytes'] / 2**20:.1f} MiB = "
         f"{peak['bytes'] / one:.0f} entries' worth (slots + chunk = {slots + chunk}); "
         f"a full cache would take {ids.shape[1] * one / 2**20:.1f} MiB"

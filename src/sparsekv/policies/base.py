@@ -65,7 +65,10 @@ class TokenContext:
         """Each row alone, without its padding."""
         seeds: Sequence[int] = self.seeds or (0,) * self.input_ids.shape[0]
         mask = self.attention_mask.bool()
-        return [TokenRow(ids[real], self, seed) for ids, real, seed in zip(self.input_ids, mask, seeds, strict=True)]
+        return [
+            TokenRow(ids[real], self, seed)
+            for ids, real, seed in zip(self.input_ids, mask, seeds, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ class LayerPolicy(Policy):
     def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """BoolTensor [B, H, T]: the entries of this layer that stay."""
         if budget.scope == "model":
-            raise ConfigError("budget scope 'model' needs the scores of every layer; use keep_top over all of them")
+            raise ConfigError(
+                "budget scope 'model' needs the scores of every layer; use keep_top over all of them"
+            )
         return keep_top(self.score_layer(ctx, budget)[:, None], budget)[:, 0]
 
 
@@ -203,7 +208,11 @@ class ModelPolicy(Policy):
 
     @abstractmethod
     def keep_model(
-        self, model: PreTrainedModel, input_ids: Tensor, budget: Budget, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        budget: Budget,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> Tensor:
         """BoolTensor [1, L, H, T] for one unpadded row `input_ids` [1, T]."""
 
@@ -249,7 +258,11 @@ def keep_top(scores: Tensor, budget: Budget, n_seen: int | None = None) -> Tenso
     scores.scatter_(-1, best, torch.inf)  # no head is emptied: an empty softmax is undefined
     if budget.scope == "layer":
         flat = scores.reshape(b, n_layers, h * t)
-        return kept.view(b, n_layers, h * t).scatter_(-1, flat.topk(n_kept * h).indices, True).view(b, n_layers, h, t)
+        return (
+            kept.view(b, n_layers, h * t)
+            .scatter_(-1, flat.topk(n_kept * h).indices, True)
+            .view(b, n_layers, h, t)
+        )
     flat = scores.reshape(b, -1)
     index = flat.topk(n_kept * h * n_layers).indices
     return kept.view(b, -1).scatter_(-1, index, True).view(b, n_layers, h, t)

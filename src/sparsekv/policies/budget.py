@@ -42,8 +42,12 @@ class Budget:
     def __post_init__(self) -> None:
         ratio, tokens = self.compression_ratio, self.tokens
         if ratio is not None and tokens is not None:
-            raise ConfigError(f"compression_ratio={ratio} and budget tokens={tokens} are both given; give one")
-        if ratio is not None and not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio < 1):
+            raise ConfigError(
+                f"compression_ratio={ratio} and budget tokens={tokens} are both given; give one"
+            )
+        if ratio is not None and not (
+            isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio < 1
+        ):
             raise ConfigError(f"compression_ratio must be in [0, 1) (the fraction removed), got {ratio!r}")
         if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
             raise ConfigError(f"budget tokens must be a whole number >= 1, got {tokens!r}")
