@@ -149,17 +149,17 @@ def test_masks_that_contradict_the_cache_are_refused():
 
 
 def test_layers_that_evict_at_different_times_share_a_mask_wide_enough_for_all():
-    """The first layer has just been compacted when the others still hold a longer tail; two tokens at a time need a mask."""
+    """The first layer has just been compacted when the others still hold a longer tail than it stores."""
 
     @dataclass(frozen=True)
     class Odd(TokenPolicy):
-        """Twelve newest entries in the first layer, two in the others."""
+        """Five newest entries in the first layer, two in the others."""
 
         name: str = "odd"
 
         def keep_row(self, row, budget):
             column = torch.arange(row.n).expand(row.context.n_layers, 1, -1)
-            n_kept = torch.tensor([12] + [2] * (row.context.n_layers - 1))[:, None, None]
+            n_kept = torch.tensor([5] + [2] * (row.context.n_layers - 1))[:, None, None]
             return column >= row.n - n_kept
 
     model = prepare(tiny_model("llama"))
