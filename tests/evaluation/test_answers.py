@@ -117,16 +117,15 @@ def test_random_draws_depend_on_seed_and_example_only(answerer: Answerer, prompt
     (setting,) = chosen(methods=["random"], compression_ratios=[0.5])
     for seed in (3, 3, 4):
         answerer.seed = seed
-        answerer.answer(prompt, [setting], lambda _, trace: traces.append(trace))
+        traces += [trace for _, trace in answerer.traces(prompt, [setting])]
     kept = [torch.cat([head for layer in t.kept[0] for head in layer]).tolist() for t in traces]
     assert kept[0] == kept[1] and kept[0] != kept[2]
     assert example_seed(3, "e/0") != example_seed(3, "e/1")
 
 
 def test_traces_are_what_the_cache_kept(answerer: Answerer, prompt: Prompt) -> None:
-    traces: dict[str, SelectionTrace] = {}
     found = chosen(methods=["sink_recent", "knorm", "sliding_window", "kvzip"], compression_ratios=[0.5])
-    answerer.answer(prompt, found, lambda setting, trace: traces.update({setting.method: trace}))
+    traces = {setting.method: trace for setting, trace in answerer.traces(prompt, found)}
     n = prompt.context_tokens
     n_kept = int(n * 0.5)
     assert traces["sink_recent"].kept[0][2][1].tolist() == [0, 1, 2, 3, *range(n - n_kept + 4, n)]

@@ -11,7 +11,7 @@ import pytest
 
 from sparsekv.config import EvalConfig, parse_config
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.cells import Cell, Setting, Task, settings
+from sparsekv.evaluation.cells import Cell, Setting, Task, settings, shown_budget
 
 TASK = Task("ruler", "niah_single_2", 1024)
 SETTING = Setting("snapkv", {"window_size": 8}, "snap", 0.5, None, "head", "prefill", False, None)
@@ -54,6 +54,14 @@ def test_a_definition_goes_through_json_and_back() -> None:
     cell = Cell(TASK, SETTING)
     again = Cell.from_definition(json.loads(json.dumps(cell.definition())))
     assert again == cell and again.cell_id == cell.cell_id and again.setting.label == "snap"
+
+
+def test_budgets_are_shown_with_as_many_digits_as_they_have() -> None:
+    shown = [
+        shown_budget(*budget)
+        for budget in ((0.5, None), (0.501, None), (0.95, None), (None, 64), (None, None))
+    ]
+    assert shown == ["0.50", "0.501", "0.95", "64 tokens", "own"]
 
 
 def test_ids_are_file_names() -> None:

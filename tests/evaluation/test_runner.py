@@ -21,7 +21,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.folder import RunFolder
 from sparsekv.evaluation.records import PredictionRow, ResultRow
-from sparsekv.evaluation.runner import Outcome, Silent, run_evaluation
+from sparsekv.evaluation.runner import Outcome, Silent, full_disk_as_oserror, run_evaluation
 from sparsekv.selection import SelectionTrace
 
 Settings = Callable[..., dict[str, Any]]
@@ -254,8 +254,9 @@ def test_a_full_disk_keeps_the_results_so_far(toy_eval: Settings, monkeypatch: p
 
 def test_selections_are_recorded_where_they_can_be_told(toy_eval: Settings) -> None:
     methods = ["full", "knorm", "kvzip", "adakv_snapkv", "merging_knorm"]
-    settings = toy_eval(methods=methods, compression_ratios=[0.5], record_selections=1, limit=2)
-    outcome = run(settings)
+    settings = toy_eval(methods=methods, compression_ratios=[0.5], limit=2)
+    run(settings)
+    outcome = run(settings | {"record_selections": 1})  # a finished run can be recorded too
     folder = Path(settings["output_dir"]) / "selections"
     told = {row["cell_id"] for row in outcome.results if row["method"] != "merging_knorm"}
     assert {p.name for p in folder.iterdir()} == told
@@ -267,6 +268,18 @@ def test_selections_are_recorded_where_they_can_be_told(toy_eval: Settings) -> N
         heads = [head for layer in trace.kept[0] for head in layer]
         assert trace.length == row["context_tokens"] and len(heads) == 3 * 2
         assert 1 - sum(map(len, heads)) / (6 * trace.length) == pytest.approx(row["achieved_compression"])
+
+
+def test_a_full_disk_while_recording_is_told_as_one(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    file = tmp_path / "x.safetensors"
+    file.with_name("x.safetensors.tmp").touch()
+    with pytest.raises(OSError, match="No space left") as caught, full_disk_as_oserror(file):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    with pytest.raises(SafetensorError), full_disk_as_oserror(file):
+        raise SafetensorError("something else")
 
 
 def test_perplexity_is_scored_beside_answers(toy_eval: Settings) -> None:

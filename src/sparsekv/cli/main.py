@@ -92,6 +92,7 @@ def call(command: Callable[..., Any], name: str, arguments: list[str] | None = N
     except ConfigError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return STOPPED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

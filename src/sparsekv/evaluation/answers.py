@@ -6,7 +6,7 @@ What can't share the prefill (methods that change it, chunked reading, eviction 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,6 @@ from sparsekv.selection import SelectionTrace
 
 BATCH_BYTES = 2 * 2**30
 """Caches that decode side by side take at most this much; a longer context decodes in more batches."""
-
-Traced = Callable[[Setting, SelectionTrace], None]
 
 
 def example_seed(seed: int, example_id: str) -> int:
@@ -76,18 +74,27 @@ class Answerer:
         alone = policy.own_prefill or policy.rerotate or isinstance(policy, NativePolicy)
         return not alone and setting.phase == "prefill" and setting.chunk is None
 
-    def answer(
-        self, prompt: Prompt, settings: Sequence[Setting], traced: Traced | None = None
-    ) -> list[Reply]:
-        """One reply per setting, in order. `traced` is told what each setting keeps, where that is known."""
+    def answer(self, prompt: Prompt, settings: Sequence[Setting]) -> list[Reply]:
+        """One reply per setting, in order."""
         replies: dict[int, Reply] = {}
         shared = [i for i, setting in enumerate(settings) if self.shares_prefill(setting)]
         if shared:
-            replies |= self._answer_shared(prompt, {i: settings[i] for i in shared}, traced)
+            replies |= self._answer_shared(prompt, {i: settings[i] for i in shared})
         for index, setting in enumerate(settings):
             if index not in replies:
-                replies[index] = self._answer_alone(prompt, setting, traced)
+                replies[index] = self._answer_alone(prompt, setting)
         return [replies[index] for index in range(len(settings))]
+
+    def traces(self, prompt: Prompt, settings: Sequence[Setting]) -> Iterator[tuple[Setting, SelectionTrace]]:
+        """What each setting keeps of the context; nothing of native methods, whose entries can't be told."""
+        shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
+        if shared:
+            read = self.read(prompt, shared)
+            for index, setting in shared.items():
+                yield setting, trace_of(read.cache.fork([read.selections[index]]))
+        for index, setting in enumerate(settings):
+            if index not in shared and not isinstance(self.policy(setting), NativePolicy):
+                yield setting, trace_of(self.compress(prompt, setting))
 
     def read(self, prompt: Prompt, settings: dict[int, Setting]) -> Prefilled:
         """One prefill for all `settings`, keyed by their index."""
@@ -117,16 +124,11 @@ class Answerer:
                 message if setting.method in message else f"method '{setting.method}': {message}"
             ) from None
 
-    def _answer_shared(
-        self, prompt: Prompt, settings: dict[int, Setting], traced: Traced | None
-    ) -> dict[int, Reply]:
+    def _answer_shared(self, prompt: Prompt, settings: dict[int, Setting]) -> dict[int, Reply]:
         read = self.read(prompt, settings)
         sizes: dict[int, tuple[float, int, int]] = {}
-        for index, setting in settings.items():
-            alone = read.cache.fork([read.selections[index]])
-            sizes[index] = self._sizes(alone)
-            if traced is not None:
-                traced(setting, trace_of(alone))
+        for index in settings:
+            sizes[index] = self._sizes(read.cache.fork([read.selections[index]]))
         # Neighbours with equal counts share one attention call, so rows are sorted by how much they keep.
         order = sorted(settings, key=lambda index: sizes[index][1])
         batches = pack(order, sizes) if self.batch_cells else [[index] for index in order]
@@ -139,7 +141,7 @@ class Answerer:
                 replies[index] = Reply(text, reason, *sizes[index], perplexity=perplexity)
         return replies
 
-    def _answer_alone(self, prompt: Prompt, setting: Setting, traced: Traced | None) -> Reply:
+    def _answer_alone(self, prompt: Prompt, setting: Setting) -> Reply:
         policy = self.policy(setting)
         if isinstance(policy, NativePolicy):
             if prompt.is_scored_text:
@@ -151,8 +153,6 @@ class Answerer:
                 self.model, self.tokenizer, prompt, policy, setting.budget, end_ids(self.model)
             )
         cache = self.compress(prompt, setting)
-        if traced is not None:
-            traced(setting, trace_of(cache))
         sizes = self._sizes(cache)
         ((text, reason, perplexity),) = self._respond(prompt, cache)
         if setting.phase != "prefill":

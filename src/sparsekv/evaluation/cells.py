@@ -138,6 +138,14 @@ def shown(method: str, args: Mapping[str, Any]) -> str:
     return f"{method}[{', '.join(f'{k}={v}' for k, v in sorted(args.items()))}]" if args else method
 
 
+def shown_budget(compression_ratio: float | None, budget_tokens: int | None) -> str:
+    """ "0.50" for a ratio (more digits where it has more), "512 tokens" for a count, "own" for own sizes."""
+    if compression_ratio is not None:
+        short = f"{compression_ratio:.2f}"
+        return short if float(short) == compression_ratio else f"{compression_ratio:g}"
+    return f"{budget_tokens} tokens" if budget_tokens is not None else "own"
+
+
 def resolve(name: str) -> str:
     """The name behind an alias, so that both give the same cell; "wrapper(inner)" is returned as it is."""
     if name in METHODS:

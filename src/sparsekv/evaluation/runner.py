@@ -6,17 +6,21 @@ that is stopped at any moment goes on where it was.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from sparsekv.benchmarks.scoring import METRICS
 from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
-from sparsekv.evaluation.cells import Cell, Setting, Task
+from sparsekv.evaluation.cells import Cell, Task
 from sparsekv.evaluation.cost import can_measure, measure, quick_collections
 from sparsekv.evaluation.folder import RunFolder, check_identity
 from sparsekv.evaluation.identity import commit, identity, machine, versions
@@ -26,7 +30,6 @@ from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, 
 from sparsekv.evaluation.reply import Reply
 from sparsekv.evaluation.results import result_row
 from sparsekv.models import load_model
-from sparsekv.selection import SelectionTrace
 
 
 class Progress(Protocol):
@@ -119,6 +122,7 @@ class _Run:
         interrupted = False
         try:
             self._answer_all()
+            self._record_all()
             self._measure_all()
         except KeyboardInterrupt:
             interrupted = True
@@ -215,12 +219,11 @@ class _Run:
         self.progress.start("answers", self.plan.n_rows, n_done)
         for task, cells, prompts in planned:
             self.progress.task(str(task))
-            for index, prompt in enumerate(prompts):
+            for prompt in prompts:
                 todo = [cell for cell in cells if (ids[cell], prompt.example.example_id) not in done]
                 if not todo:
                     continue
-                traced = self._tracer(task, prompt) if index < self.config.record_selections else None
-                replies = self.answerer.answer(prompt, [cell.setting for cell in todo], traced)
+                replies = self.answerer.answer(prompt, [cell.setting for cell in todo])
                 rows = [
                     prediction_row(ids[cell], prompt, reply)
                     for cell, reply in zip(todo, replies, strict=True)
@@ -229,15 +232,22 @@ class _Run:
                 self.predictions += rows
                 self.progress.advance(len(rows))
 
-    def _tracer(self, task: Task, prompt: Prompt) -> Any:
+    def _record_all(self) -> None:
+        """The kept entries of the first examples of every cell, where they are not recorded yet."""
+        for task, prompts in self.plan.prompts.items():
+            for prompt in prompts[: self.config.record_selections]:
+                missing = [
+                    s for s in self.plan.settings if not self._trace_file(Cell(task, s), prompt).exists()
+                ]
+                for setting, trace in self.answerer.traces(prompt, missing):
+                    file = self._trace_file(Cell(task, setting), prompt)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with full_disk_as_oserror(file):
+                        trace.save(file)
+
+    def _trace_file(self, cell: Cell, prompt: Prompt) -> Path:
         name = prompt.example.example_id.replace("/", ".") + ".safetensors"
-
-        def traced(setting: Setting, trace: SelectionTrace) -> None:
-            target = self.folder.path / "selections" / Cell(task, setting).cell_id
-            target.mkdir(parents=True, exist_ok=True)
-            trace.save(target / name)
-
-        return traced
+        return self.folder.path / "selections" / cell.cell_id / name
 
     def _measure_all(self) -> None:
         rows = self.config.cost_rows
@@ -293,6 +303,20 @@ class _Run:
             for cell_id, cell in cells.items()
             if cell_id in answers
         ]
+
+
+@contextmanager
+def full_disk_as_oserror(file: Path) -> Iterator[None]:
+    """safetensors tells a full disk only in the text of an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        file.with_name(file.name + ".tmp").unlink(missing_ok=True)
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
 
 
 def prediction_row(cell_id: str, prompt: Prompt, reply: Reply) -> PredictionRow:

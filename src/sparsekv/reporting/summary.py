@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsekv.benchmarks.scoring import higher_is_better
-from sparsekv.evaluation.cells import UNCOMPRESSED, shown
+from sparsekv.evaluation.cells import UNCOMPRESSED, shown, shown_budget
 from sparsekv.evaluation.records import ResultRow
 
 
@@ -121,12 +121,7 @@ def _line(
     uncompressed = _is_uncompressed(first)
     apart = "" if plain or uncompressed else f" ({first['phase']}, {first['budget_scope']})"
     ratio = first["compression_ratio"]
-    if uncompressed:
-        requested = "–"
-    elif ratio is not None:
-        requested = f"{ratio:.2f}"
-    else:
-        requested = f"{first['budget_tokens']} tokens" if first["budget_tokens"] is not None else "own"
+    requested = "–" if uncompressed else shown_budget(ratio, first["budget_tokens"])
     return Line(
         method=labels.get(first["cell_id"], shown(first["method"], first["method_args"])) + apart,
         requested=requested,
