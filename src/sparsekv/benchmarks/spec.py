@@ -38,7 +38,7 @@ class BenchmarkConfig(BaseModel):
             scores compare only with those). The prompt grows by what the answer no longer needs.
         template_tokens: tokens to leave free for a chat template around the prompt (RULER's
             model_template_token).
-        truncate: whether the runner may cut the middle out of a context longer than the model allows.
+        truncate: whether the runner may cut the end off a context longer than the model allows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
