@@ -86,6 +86,7 @@ class EvalConfig(Strict):
     max_new_tokens : instead of each task's own limit
     batch_cells : decode the cells of one example as one batch
     cost_rows : rows per cell for the separate cost pass; 0 leaves the times null
+    cost_tasks : measure them on the first so many tasks only (times hardly depend on the task); None: on all
     cost_new_tokens : tokens each of those rows decodes (no token ends an answer, so that all decode as many)
     record_selections : examples per cell whose kept entries are written to output_dir/selections
     output_dir : where results go; the same command again resumes
@@ -113,6 +114,7 @@ class EvalConfig(Strict):
     max_new_tokens: int | None = Field(default=None, ge=1)
     batch_cells: bool = True
     cost_rows: int = Field(default=0, ge=0)
+    cost_tasks: int | None = Field(default=None, ge=1)
     cost_new_tokens: int = Field(default=16, ge=2)
     record_selections: int = Field(default=0, ge=0)
     output_dir: str = "results/eval"

@@ -136,6 +136,15 @@ def test_the_same_run_again_does_nothing(toy_eval: Settings, monkeypatch: pytest
     assert len(second.run["sessions"]) == 2
 
 
+def test_costs_can_be_measured_on_the_first_task_alone(toy_eval: Settings) -> None:
+    counting = Counting()
+    outcome = run(toy_eval(cost_rows=1, cost_tasks=1, cost_new_tokens=2), counting)
+    assert counting.starts[1] == ("costs", 5, 0)
+    tasks = list(dict.fromkeys(row["task"] for row in outcome.results))
+    timed = {row["task"] for row in outcome.results if row["decode_tokens_per_s"] is not None}
+    assert len(tasks) == 2 and timed == {tasks[0]}
+
+
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(toy_eval: Settings, tmp_path: Path) -> None:
     settings = toy_eval()
     stopped = run(settings, Counting(stop_after=10))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -180,19 +181,13 @@ class SparseLayer(CacheLayerMixin):
 
     def groups(self) -> Iterator[Group]:
         """Runs of neighbouring segments of equal size, in order."""
-        store = self.store
-        first, offset = 0, 0
-        counts = store.counts
-        while first < len(counts):
-            last = first
-            while last < len(counts) and counts[last] == counts[first]:
-                last += 1
-            n, size = last - first, counts[first] + store.room
-            used = counts[first] + store.tail
+        store, offset = self.store, 0
+        for first, last, count in _runs(store.counts):
+            n, size, used = last - first, count + store.room, count + store.tail
             keys = _segments(store.keys, offset, n, size)[:, :used]
             values = _segments(store.values, offset, n, size)[:, :used]
-            yield Group(first, last, counts[first], keys, values)
-            first, offset = last, offset + n * size
+            yield Group(first, last, count, keys, values)
+            offset += n * size
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Views [B, H, stored, D] of a uniform layer.
@@ -489,6 +484,13 @@ class SparseLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise ConfigError("SparseCache does not take part in transformers' layer offloading")
+
+
+@lru_cache(maxsize=4096)
+def _runs(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Runs of equal counts: (first segment, one past the last, count). Asked for every layer and token: remembered."""
+    starts = [i for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
+    return tuple((a, b, counts[a]) for a, b in zip(starts, [*starts[1:], len(counts)], strict=True))
 
 
 def _segments(flat: Tensor, offset: int, n: int, size: int) -> Tensor:

@@ -253,7 +253,7 @@ class _Run:
         rows = self.config.cost_rows
         done = {(row["cell_id"], row["example_id"]) for row in self.costs}
         todo: list[tuple[Cell, Prompt]] = []
-        for task, prompts in self.plan.prompts.items():
+        for task, prompts in list(self.plan.prompts.items())[: self.config.cost_tasks]:
             for setting in self.plan.settings:
                 cell = Cell(task, setting)
                 todo += [
