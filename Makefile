@@ -7,8 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-# Idle threads sleep instead of spinning, so that several test processes share few cores.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Idle threads spin only briefly before they sleep, so that several test processes share few cores.
+export GOMP_SPINCOUNT ?= 1000
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test clean

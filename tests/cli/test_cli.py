@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sparsekv.cli.main import alias_app, app, call
+from sparsekv.cli.main import alias_app, app, call, share_cores
 from sparsekv.evaluation.runner import Silent
 
 Settings = Callable[..., dict[str, Any]]
@@ -197,9 +199,6 @@ def test_an_output_folder_of_another_run(
 def test_a_full_disk(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import errno
-    import os
-
     real = os.write
 
     def full(descriptor: int, data: bytes) -> int:
@@ -295,6 +294,21 @@ def test_help_imports_neither_torch_nor_pydantic(arguments: list[str]) -> None:
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
     assert "Usage: sparsekv" in done.stdout and "HEAVY []" in done.stdout
+
+
+def test_threads_share_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        share_cores()
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_ls_imports_no_torch() -> None:

@@ -44,7 +44,7 @@ def scores_png(
     )
     palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
     height = max(4.8, 0.27 * len(methods) + 1.4)
-    figure, axes = plt.subplots(figsize=(8.6, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.6 if len(methods) <= 12 else 11, height), layout="constrained")
     for line in summary.lines:
         if line.uncompressed and line.average is not None:
             axes.axhline(line.average, color="0.25", linestyle="--", linewidth=1.3, label="uncompressed")
