@@ -231,7 +231,7 @@ class NativePolicy(Policy):
         """A fresh kvpress press with the budget's ratio set."""
 
 
-def keep_top(scores: Tensor, budget: Budget, n_seen: int | None = None) -> Tensor:
+def keep_top(scores: Tensor, budget: Budget) -> Tensor:
     """The best-scored entries under a budget.
 
     Parameters
@@ -241,15 +241,13 @@ def keep_top(scores: Tensor, budget: Budget, n_seen: int | None = None) -> Tenso
     budget : Budget
         Scope "head": the same count in every kv head, by `topk` exactly as kvpress picks it. "layer" / "model":
         the same total, the count per head free; every head keeps its best entry.
-    n_seen : int, optional
-        Number of tokens that the ratio counts, if not T (the cache has been compressed before).
 
     Returns
     -------
     BoolTensor [B, L, H, T]
     """
     b, n_layers, h, t = scores.shape
-    n_kept = min(t, budget.n_kept(n_seen or t))
+    n_kept = budget.n_kept(t)
     kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if budget.scope == "head":
         return kept.scatter_(-1, scores.topk(n_kept, dim=-1).indices, True)
