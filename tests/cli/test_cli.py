@@ -194,6 +194,8 @@ def test_an_output_folder_of_another_run(
     for command in ("eval", "validate"):
         assert sparsekv(command, str(path), f"output_dir={path.parent / 'mine'}") == 2
         assert "holds no run of sparsekv (found 'notes.txt')" in one_line_error(capsys)
+        assert sparsekv(command, str(path), f"output_dir={path.parent / 'mine' / 'notes.txt' / 'deep'}") == 2
+        assert "notes.txt' is a file" in one_line_error(capsys)
 
 
 def test_a_full_disk(

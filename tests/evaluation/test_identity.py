@@ -50,6 +50,7 @@ def test_identity_holds_what_the_user_chose(
         "seed": 4,
         "query_aware": True,
         "max_new_tokens": 9,
+        "chunk": None,
     }
 
 

@@ -83,3 +83,19 @@ def test_nothing_is_downloaded_or_run_for_a_method_that_does_not_exist(
     monkeypatch.setattr(module, "load_tokenizer", never)
     with pytest.raises(ConfigError, match="unknown method"):
         plan(toy_eval, methods=["snapvk"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["kvzip"], "budget_scope": "layer"}, "budget_scope must be head, got layer"),
+        ({"methods": ["adakv_snapkv"], "budget_scope": "model"}, "head or layer, got model"),
+        ({"methods": ["knorm"], "budget_scope": "model", "chunk": 64}, "whole context at once"),
+        ({"methods": ["knorm", {"name": "tova", "label": "knorm"}]}, "label 'knorm' stands for two methods"),
+    ],
+)
+def test_combinations_that_would_be_ignored_or_fail_late_are_refused(
+    toy_eval: Callable[..., Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(toy_eval, **changes)

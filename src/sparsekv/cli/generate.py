@@ -18,10 +18,16 @@ def generate(
     ] = "smollm2",
     adapter: Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA adapter.")] = None,
     method: Annotated[
-        str, typer.Option("--method", help="A name of `sparsekv ls methods`, or wrapper(inner).")
-    ] = "snapkv",
+        str | None,
+        typer.Option(
+            "--method", help="A name of `sparsekv ls methods`, or wrapper(inner); snapkv by default."
+        ),
+    ] = None,
     ratio: Annotated[
-        float | None, typer.Option("--ratio", help="compression_ratio: the fraction removed, in [0, 1).")
+        float | None,
+        typer.Option(
+            "--ratio", help="compression_ratio: the fraction removed, in [0, 1); 0.5 for the default method."
+        ),
     ] = None,
     budget_tokens: Annotated[
         int | None, typer.Option("--budget-tokens", help="Entries to keep per kv head, instead of a ratio.")
@@ -58,6 +64,9 @@ def generate(
     from sparsekv.evaluation.ask import ask
     from sparsekv.policies.budget import Budget
 
+    if method is None:
+        method = "snapkv"
+        ratio = 0.5 if ratio is None and budget_tokens is None else ratio
     report = ask(
         text,
         question,

@@ -21,7 +21,7 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     from sparsekv.evaluation.folder import check_usable, read_run
     from sparsekv.evaluation.plan import make_plan
 
-    output = Path(checked.output_dir)
+    output = Path(checked.output_dir).expanduser()
     check_usable(output)
     read_run(output)
     plan = make_plan(checked)

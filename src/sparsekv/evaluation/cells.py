@@ -112,6 +112,7 @@ def settings(config: EvalConfig) -> list[Setting]:
         For an unknown method, parameters it does not take, or the same setting twice.
     """
     found: list[Setting] = []
+    labels: dict[str, tuple[str, dict[str, Any]]] = {}
     for method in config.methods:
         name = resolve(method.name)
         for ratio, tokens in _budgets(config, method, name):
@@ -121,12 +122,15 @@ def settings(config: EvalConfig) -> list[Setting]:
                 label=name if name == UNCOMPRESSED else method.label or shown(name, method.args),
                 compression_ratio=ratio,
                 budget_tokens=tokens,
-                budget_scope=config.budget_scope,
+                budget_scope="head" if name == UNCOMPRESSED else config.budget_scope,
                 phase="prefill" if name == UNCOMPRESSED else config.phase,
                 query_aware=config.query_aware,
                 chunk=config.chunk,
             )
             setting.policy()
+            other = labels.setdefault(setting.label, (name, setting.args))
+            if other != (name, setting.args):
+                raise ConfigError(f"label '{setting.label}' stands for two methods; give each its own label")
             if setting in found:
                 raise ConfigError(f"method '{name}' with budget {setting.shown_budget} is listed twice")
             found.append(setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,19 +32,21 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.predictions = JsonLines(self.path / "predictions.jsonl")
         self.costs = JsonLines(self.path / "costs.jsonl")
         self._lock = FileLock(str(self.path / LOCK_NAME))
 
     def __enter__(self) -> RunFolder:
-        check_usable(self.path)
         try:
+            check_usable(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(f"output_dir '{self.path}': another process is writing to it") from None
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise ConfigError(f"output_dir '{self.path}' cannot be written: {error.strerror}") from None
         return self
 
@@ -88,8 +91,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def check_usable(path: Path) -> None:
     """Raise a ConfigError unless the path can become, or already is, a run's folder."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"output_dir '{path}' is a file; give a folder")
+    nearest = next((p for p in (path, *path.parents) if p.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise ConfigError(f"output_dir '{path}': '{nearest}' is a file; give a folder")
     if not path.is_dir() or (path / RUN_NAME).exists():
         return
     foreign = [p.name for p in path.iterdir() if p.name != LOCK_NAME and not p.name.endswith(".tmp")]

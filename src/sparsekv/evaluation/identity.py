@@ -47,6 +47,7 @@ def identity(config: EvalConfig, model: Any) -> dict[str, Any]:
         "seed": config.seed,
         "query_aware": config.query_aware,
         "max_new_tokens": config.max_new_tokens,
+        "chunk": config.chunk,
         "weights": weights_fingerprint(model),
     }
 

@@ -42,4 +42,6 @@ def continuation_perplexity(model: Any, cache: SparseCache, token_ids: Tensor) -
         targets = token_ids[:, begin + 1 : begin + 1 + piece.shape[1]].expand(rows, -1)
         chosen = logits.log_softmax(dim=-1).gather(-1, targets[..., None].to(logits.device))
         nll -= chosen.sum(dim=(1, 2)).double().cpu()
+    if not bool(nll.isfinite().all()):
+        raise ConfigError(f"perplexity is not finite in {model.dtype}; use dtype float32 or bfloat16")
     return (nll / (total - 1)).exp().tolist()

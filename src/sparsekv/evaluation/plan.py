@@ -17,7 +17,7 @@ from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, setting
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.models import load_tokenizer
 from sparsekv.models.locate import locate_model
-from sparsekv.policies.base import LayerPolicy, NativePolicy, TokenContext, TokenPolicy
+from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, TokenContext, TokenPolicy
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,20 @@ def check_combinations(chosen: Sequence[Setting]) -> None:
             raise ConfigError(
                 f"{name} reads the whole context at once, so it can't be read in chunks; remove chunk"
             )
+        scope = setting.budget_scope
+        if scope != "head" and isinstance(policy, (ModelPolicy, NativePolicy)):
+            raise ConfigError(
+                f"{name} shares its budget in its own way; budget_scope must be head, got {scope}"
+            )
+        if scope == "model" and isinstance(policy, LayerPolicy):
+            if not policy.scored:
+                raise ConfigError(
+                    f"{name} decides layer by layer; budget_scope must be head or layer, got model"
+                )
+            if setting.chunk is not None or setting.phase != "prefill":
+                raise ConfigError(
+                    f"{name}: budget_scope model needs the whole context at once: no chunk, phase prefill"
+                )
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
         elif isinstance(policy, LayerPolicy) and policy.scored and not setting.budget.given:

@@ -149,6 +149,13 @@ class _Run:
 
     def _check_data(self) -> None:
         """Every example that was answered before must still be the same example."""
+        for task, prompts in self.plan.prompts.items():
+            metric, before = prompts[0].example.metric, self.before.get("metrics", {}).get(str(task))
+            if before not in (None, metric):
+                raise ConfigError(
+                    f"output_dir '{self.folder.path}' holds another run: metric of {task} was {before!r}, "
+                    f"now {metric!r}; use another output_dir"
+                )
         old: dict[str, PredictionRow] = {row["example_id"]: row for row in self.predictions}
         for task, prompts in self.plan.prompts.items():
             for prompt in prompts:
