@@ -322,11 +322,6 @@ def needs_hub(spec: PressSpec) -> bool:
     return spec.cls in DOWNLOADS or any(needs_hub(part) for part in spec.inner)
 
 
-def method_routes() -> dict[str, PressRoute]:
-    """Method name -> route, for every row of `METHODS`."""
-    return {name: spec_route(spec) for name, spec in METHODS.items()}
-
-
 def press_info() -> list[MethodInfo]:
     """One row per method for `sparsekv ls methods` and docs/methods.md."""
     from sparsekv.policies.method_info import MethodInfo
