@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sparsekv.benchmarks.spec import BenchmarkConfig
 from sparsekv.config_files import load_settings
 from sparsekv.errors import ConfigError, nearest, unknown
+from sparsekv.policies.budget import Scope
 
 Phase = Literal["prefill", "decode", "both"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,6 +50,7 @@ class MethodConfig(Strict):
     label : what tables call it; by default the name and the args
     compression_ratios, budget_tokens : the budgets for this method instead of the run's. Empty lists: none,
         the method's own sizes decide.
+    budget_scope : over what this method's count is fixed, instead of the run's: "head", "layer" or "model"
     """
 
     name: str
@@ -56,6 +58,7 @@ class MethodConfig(Strict):
     label: str | None = None
     compression_ratios: list[Ratio] | None = None
     budget_tokens: list[Tokens] | None = None
+    budget_scope: Scope | None = None
 
 
 def _method(value: Any) -> Any:
@@ -76,7 +79,7 @@ class EvalConfig(Strict):
     compression_ratios : fractions of the context's entries to REMOVE, each in [0, 1)
     budget_tokens : entries to keep per kv head, instead of or beside the ratios. With neither, the methods'
         own sizes decide.
-    budget_scope : over what the count is fixed: "head", "layer" or "model"
+    budget_scope : over what the count is fixed: "head", "layer" or "model"; a method may say otherwise
     phase : evict after the "prefill", while it "decode"s, or "both"
     query_aware : the question is part of the compressed context
     chunk : tokens per chunk: the context is read in chunks and evicted between them, so that it may be longer
@@ -105,7 +108,7 @@ class EvalConfig(Strict):
     methods: list[Annotated[MethodConfig, BeforeValidator(_method)]] = Field(min_length=1)
     compression_ratios: list[Ratio] = []
     budget_tokens: list[Tokens] = []
-    budget_scope: Literal["head", "layer", "model"] = "head"
+    budget_scope: Scope = "head"
     phase: Phase = "prefill"
     query_aware: bool = False
     chunk: int | None = Field(default=None, ge=1)

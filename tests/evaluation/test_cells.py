@@ -86,6 +86,22 @@ def test_a_method_may_have_budgets_of_its_own(toy_eval: Callable[..., Any]) -> N
     assert found[0].label == "sink_recent[n_recent=8]" and found[0].shown_budget == "own"
 
 
+def test_a_method_may_have_a_scope_of_its_own(toy_eval: Callable[..., Any]) -> None:
+    methods = ["full", "snapkv", {"name": "knorm", "budget_scope": "model"}, "knorm"]
+    found = chosen(toy_eval, methods=methods, budget_scope="layer", compression_ratios=[0.5])
+    assert [(s.method, s.budget_scope, s.budget.scope) for s in found] == [
+        ("full", "head", "head"),
+        ("snapkv", "layer", "layer"),
+        ("knorm", "model", "model"),
+        ("knorm", "layer", "layer"),
+    ]
+    assert len({Cell(TASK, s).cell_id for s in found}) == 4
+    with pytest.raises(
+        ConfigError, match=r"methods\[0\]\.budget_scope: input should be 'head', 'layer' or 'model'"
+    ):
+        chosen(toy_eval, methods=[{"name": "knorm", "budget_scope": "row"}])
+
+
 def test_an_alias_is_the_same_cell(toy_eval: Callable[..., Any]) -> None:
     by_name = chosen(toy_eval, methods=["full", "h2o"])
     by_alias = chosen(toy_eval, methods=["no_press", "observed_attention"])

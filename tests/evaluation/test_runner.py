@@ -158,6 +158,21 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(toy_eval: Settin
     assert by_key(predictions(settings)) == by_key(predictions(whole))
 
 
+def test_one_method_shares_its_budget_over_the_model_beside_others(toy_eval: Settings) -> None:
+    methods = ["knorm", {"name": "knorm", "budget_scope": "model"}]
+    settings = toy_eval(methods=methods, compression_ratios=[0.5], limit=1, record_selections=1)
+    results = run(settings).results
+    assert [row["budget_scope"] for row in results[:2]] == ["head", "model"]
+    counts = {}
+    for row in results[:2]:
+        (file,) = (Path(settings["output_dir"]) / "selections" / row["cell_id"]).iterdir()
+        counts[row["budget_scope"]] = [
+            len(head) for layer in SelectionTrace.load(file).kept[0] for head in layer
+        ]
+    assert len(set(counts["head"])) == 1 < len(set(counts["model"]))
+    assert sum(counts["head"]) == sum(counts["model"])
+
+
 def test_a_torn_last_line_is_answered_again(toy_eval: Settings) -> None:
     settings = toy_eval()
     run(settings)

@@ -133,11 +133,13 @@ def test_what_tells_lines_apart_is_shown() -> None:
         row("snapkv", 0.5, "vt", 4.0, method_args={"window_size": 16}, cell_id="d"),
     ]
     assert [line.method for line in summarize(rows, {"d": "wide"}).lines] == [
-        "knorm (prefill, head)",
-        "knorm (both, head)",
-        "snapkv[window_size=8] (prefill, head)",
-        "wide (prefill, head)",
+        "knorm (prefill)",
+        "knorm (both)",
+        "snapkv[window_size=8] (prefill)",
+        "wide (prefill)",
     ]
+    scopes = [row("knorm", 0.5, "vt", 1.0), row("tova", 0.5, "vt", 2.0, budget_scope="model")]
+    assert [line.method for line in summarize(scopes).lines] == ["knorm (head)", "tova (model)"]
     lengths = [row("knorm", 0.5, "vt", 1.0), row("knorm", 0.5, "vt", 2.0, context_length=2048)]
     assert summarize(lengths).columns == ["vt@1024", "vt@2048"]
     names = [row("knorm", 0.5, "vt", 1.0), row("knorm", 0.5, "vt", 2.0, benchmark="other")]

@@ -122,7 +122,7 @@ def settings(config: EvalConfig) -> list[Setting]:
                 label=name if name == UNCOMPRESSED else method.label or shown(name, method.args),
                 compression_ratio=ratio,
                 budget_tokens=tokens,
-                budget_scope="head" if name == UNCOMPRESSED else config.budget_scope,
+                budget_scope="head" if name == UNCOMPRESSED else method.budget_scope or config.budget_scope,
                 phase="prefill" if name == UNCOMPRESSED else config.phase,
                 query_aware=config.query_aware,
                 chunk=config.chunk,

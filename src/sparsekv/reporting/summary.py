@@ -17,7 +17,7 @@ class Line:
 
     Parameters
     ----------
-    method : label, with what sets it apart from lines of the same label (phase, scope)
+    method : label, with the phase and the scope where lines differ in them
     requested : the budget as it was asked for ("0.50", "512 tokens", "own", "–" for the uncompressed line)
     ratio : the requested compression_ratio, if it was one
     scores : task column -> score
@@ -77,9 +77,11 @@ def summarize(rows: Sequence[ResultRow], labels: Mapping[str, str] | None = None
         if higher_is_better(row["metric"]):
             percentages.add(name)
         groups.setdefault(_line_key(row), []).append(row)
-    plain = len({(row["phase"], row["budget_scope"]) for row in rows if not _is_uncompressed(row)}) <= 1
+    compressed = [row for row in rows if not _is_uncompressed(row)]
+    phases, scopes = {row["phase"] for row in compressed}, {row["budget_scope"] for row in compressed}
+    apart = [name for name, found in (("phase", phases), ("budget_scope", scopes)) if len(found) > 1]
     lines = [
-        _line(group, labels, benchmarks, lengths, plain, columns, percentages) for group in groups.values()
+        _line(group, labels, benchmarks, lengths, apart, columns, percentages) for group in groups.values()
     ]
     order = {line.method: index for index, line in reversed(list(enumerate(lines)))}
     lines.sort(
@@ -110,7 +112,7 @@ def _line(
     labels: Mapping[str, str],
     benchmarks: bool,
     lengths: bool,
-    plain: bool,
+    apart: Sequence[str],
     columns: Sequence[str],
     percentages: set[str],
 ) -> Line:
@@ -119,11 +121,12 @@ def _line(
     averaged = [score for name, score in scores.items() if name in percentages]
     speeds = [row["decode_tokens_per_s"] for row in group if row["decode_tokens_per_s"] is not None]
     uncompressed = _is_uncompressed(first)
-    apart = "" if plain or uncompressed else f" ({first['phase']}, {first['budget_scope']})"
+    differing: Mapping[str, object] = first
+    extra = "" if uncompressed or not apart else f" ({', '.join(str(differing[name]) for name in apart)})"
     ratio = first["compression_ratio"]
     requested = "–" if uncompressed else shown_budget(ratio, first["budget_tokens"])
     return Line(
-        method=labels.get(first["cell_id"], shown(first["method"], first["method_args"])) + apart,
+        method=labels.get(first["cell_id"], shown(first["method"], first["method_args"])) + extra,
         requested=requested,
         ratio=ratio,
         scores=scores,
