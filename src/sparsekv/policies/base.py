@@ -101,6 +101,12 @@ class LayerContext:
     position_embeddings : (cos, sin), each [B, Q, rotary size]
     cache_position : LongTensor [Q]
         0..Q-1 counted from the first stored entry: T - Q .. T - 1.
+    seed : int
+        The row's seed, for policies that draw: with the policy's own seed and the layer it fixes the draw.
+    ids : LongTensor [B, T], optional
+        Token ids of the stored entries, for policies that look at the text.
+    tokenizer : optional
+        For the same.
     """
 
     module: nn.Module
@@ -110,6 +116,9 @@ class LayerContext:
     values: Tensor
     position_embeddings: tuple[Tensor, Tensor]
     cache_position: Tensor
+    seed: int = 0
+    ids: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def hook_kwargs(self) -> dict[str, Any]:
         """The keyword arguments that a kvpress forward hook would have received."""
@@ -131,6 +140,11 @@ class Policy(ABC):
 
     rerotate: bool = False
     """True if kept keys are to be re-rotated to consecutive positions."""
+
+    @property
+    def reads_text(self) -> bool:
+        """True if a tokenizer is needed."""
+        return False
 
 
 class TokenPolicy(Policy):
@@ -186,6 +200,13 @@ class LayerPolicy(Policy):
 
     ratio_free: bool = True
     """True if the scores do not depend on the budget, so one scoring serves all ratios."""
+
+    soft: ClassVar[bool] = False
+    """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""
+
+    def weigh_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """FloatTensor [B, H, T] <= 0, differentiable: added to the attention logits of entries that may leave."""
+        raise ConfigError(f"{self.name or type(self).__name__} has no soft weights; it keeps or evicts")
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """FloatTensor [B, H, T]; higher = keep."""
