@@ -21,7 +21,7 @@ IDENTITY = {"model": "m", "adapter": None, "dtype": "float32", "device": "cpu", 
 def prediction(score: float, achieved: float, n_bytes: int) -> PredictionRow:
     row: dict[str, Any] = dict.fromkeys(PredictionRow.__annotations__)
     row |= {"score": score, "achieved_compression": achieved, "attended_fraction": 1.0}
-    row |= {"cache_bytes": n_bytes, "full_cache_bytes": 2 * n_bytes}
+    row |= {"cache_bytes": n_bytes, "full_cache_bytes": 2 * n_bytes, "commit": "abc"}
     return row  # type: ignore[return-value]
 
 
@@ -39,7 +39,7 @@ def cost(prefill_s: float, select_s: float | None, rate: float, peak: int | None
 def test_means_of_predictions_and_medians_of_costs() -> None:
     predictions = [prediction(100.0, 0.50, 10), prediction(0.0, 0.52, 20), prediction(50.0, 0.51, 30)]
     costs = [cost(1.0, None, 10.0, 5), cost(9.0, 0.2, 30.0, None), cost(2.0, 0.4, 20.0, 7)]
-    row = result_row(CELL, "string_match_all", predictions, costs, IDENTITY, "abc")
+    row = result_row(CELL, "string_match_all", predictions, costs, IDENTITY)
     assert set(row) == set(ResultRow.__annotations__)
     assert (row["score"], row["n"]) == (50.0, 3)
     assert row["stderr"] == pytest.approx(50 / math.sqrt(3))  # sample standard deviation of 100, 0, 50 is 50
@@ -61,9 +61,19 @@ def test_means_of_predictions_and_medians_of_costs() -> None:
 
 
 def test_costs_that_were_not_measured_are_null() -> None:
-    row = result_row(CELL, "string_match_all", [prediction(1.0, 0.5, 1)], [], IDENTITY, None)
-    for name in ("prefill_s", "select_s", "decode_tokens_per_s", "peak_bytes", "stderr", "commit"):
+    row = result_row(CELL, "string_match_all", [prediction(1.0, 0.5, 1)], [], IDENTITY)
+    for name in ("prefill_s", "select_s", "decode_tokens_per_s", "peak_bytes", "stderr"):
         assert row[name] is None  # type: ignore[literal-required]
+
+
+def test_a_row_names_every_commit_that_made_its_predictions() -> None:
+    rows = [prediction(1.0, 0.5, 1) for _ in range(4)]
+    for made, commit in zip(rows, ("a+changed", "b", "a+changed", None), strict=True):
+        made["commit"] = commit
+    assert result_row(CELL, "f1", rows, [], IDENTITY)["commit"] == "a+changed, b, unknown"
+    assert result_row(CELL, "f1", rows[3:], [], IDENTITY)["commit"] is None
+    del rows[1]["commit"]  # type: ignore[misc]
+    assert result_row(CELL, "f1", rows[:2], [], IDENTITY, "old")["commit"] == "a+changed, old"
 
 
 def test_standard_error() -> None:

@@ -227,6 +227,29 @@ def test_a_folder_of_another_run_is_refused(
     assert before == {p.name: p.read_bytes() for p in Path(settings["output_dir"]).iterdir()}
 
 
+def test_each_row_names_the_commit_it_was_computed_under(
+    toy_eval: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = toy_eval(methods=["full"], limit=1)
+    log = Path(settings["output_dir"]) / "predictions.jsonl"
+    commits = {}
+    for commit, change in (("a", {}), ("b", {"limit": None}), ("c", {"methods": ["full", "knorm"]})):
+        monkeypatch.setattr("sparsekv.evaluation.runner.commit", lambda commit=commit: commit)
+        outcome = run(settings | change)
+        commits[commit] = [(row["method"], row["commit"]) for row in outcome.results]
+    assert commits["a"] == [("full", "a")] * 2
+    assert commits["b"] == [("full", "a, b")] * 2
+    assert commits["c"][:3] == [("full", "a, b"), ("knorm", "c"), ("knorm", "c")]
+    # Rows of a folder from before rows named their commit: those of its sessions, and they stay so.
+    rows = [{k: v for k, v in row.items() if k != "commit"} for row in predictions(settings)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for commit in ("d", "e"):
+        monkeypatch.setattr("sparsekv.evaluation.runner.commit", lambda commit=commit: commit)
+        outcome = run(settings | {"methods": ["full", "tova"], "limit": 1})
+        found = {row["method"]: row["commit"] for row in outcome.results}
+        assert found == {"full": "a, b, c", "knorm": "a, b, c", "tova": "d"}
+
+
 def test_other_weights_under_the_same_name_are_refused(toy_eval: Settings, tmp_path: Path) -> None:
     import toy
 

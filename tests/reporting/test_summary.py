@@ -125,6 +125,12 @@ def test_perplexity_stays_out_of_the_average() -> None:
     assert any("lower is better" in note and "continuation" in note for note in notes(summary))
 
 
+def test_the_page_names_the_commits_of_its_rows() -> None:
+    rows = [row("knorm", 0.5, t, 1.0, commit=c) for t, c in (("vt", "c1"), ("cwe", "c2, c1"), ("fwe", None))]
+    assert "| commit | c1, c2 |" in results_page(rows, RUN, None)
+    assert "| commit | – |" in results_page(ROWS, RUN, None)
+
+
 def test_what_tells_lines_apart_is_shown() -> None:
     rows = [
         row("knorm", 0.5, "vt", 1.0),
@@ -173,7 +179,6 @@ def test_the_page_says_how_to_get_it_again() -> None:
         "org/tiny",
         "a cpu, 2 cores, 16 GiB",
         "| seed | 0 |",
-        "abc",
         "now",
         "scores.png",
     )

@@ -16,8 +16,7 @@ SCHEMA_VERSION = 1
 class PredictionRow(TypedDict):
     """One line of predictions.jsonl: one example in one cell.
 
-    Up to `evidence` the keys are the public schema; the rest is what the averages of results.jsonl are made
-    of.
+    Up to `evidence` the keys are the public schema; the rest is what the rows of results.jsonl are made of.
     """
 
     cell_id: str
@@ -35,6 +34,7 @@ class PredictionRow(TypedDict):
     cache_bytes: int
     full_cache_bytes: int
     attended_fraction: float
+    commit: str | None
 
 
 class CostRow(TypedDict):

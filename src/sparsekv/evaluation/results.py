@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsekv.evaluation.cells import Cell
 from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
+
+UNKNOWN_COMMIT = "unknown"
+"""Stands for a commit that nobody wrote down (code outside a clone) beside others that are known."""
 
 
 def standard_error(scores: Sequence[float]) -> float | None:
@@ -18,15 +21,26 @@ def standard_error(scores: Sequence[float]) -> float | None:
     return statistics.stdev(scores) / math.sqrt(len(scores))
 
 
+def joined_commits(commits: Iterable[str | None]) -> str | None:
+    """Distinct commits in order of appearance, joined by ", "; None if none is known."""
+    found = dict.fromkeys(commits)
+    if set(found) <= {None}:
+        return None
+    return ", ".join(commit or UNKNOWN_COMMIT for commit in found)
+
+
 def result_row(
     cell: Cell,
     metric: str,
     predictions: Sequence[PredictionRow],
     costs: Sequence[CostRow],
     identity: Mapping[str, Any],
-    commit: str | None,
+    earlier_commit: str | None = None,
 ) -> ResultRow:
-    """One cell over its predictions: means, and medians of the cost pass (None if not measured)."""
+    """One cell over its predictions: means, and medians of the cost pass (None if not measured).
+
+    `earlier_commit` is that of predictions which do not name their own.
+    """
     scores = [row["score"] for row in predictions]
     setting = cell.setting
     cache_bytes = _mean(row["cache_bytes"] for row in predictions)
@@ -62,7 +76,7 @@ def result_row(
         dtype=identity["dtype"],
         device=identity["device"],
         seed=identity["seed"],
-        commit=commit,
+        commit=joined_commits(row.get("commit", earlier_commit) for row in predictions),
     )
 
 

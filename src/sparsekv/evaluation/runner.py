@@ -28,7 +28,7 @@ from sparsekv.evaluation.plan import Plan, make_plan
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
 from sparsekv.evaluation.reply import Reply
-from sparsekv.evaluation.results import result_row
+from sparsekv.evaluation.results import joined_commits, result_row
 from sparsekv.models import load_model
 
 
@@ -107,6 +107,10 @@ class _Run:
         self.costs = cast("list[CostRow]", folder.costs.read())
         self.started = _now()
         self.commit = commit()
+        # of rows from before each row named its own
+        self.earlier_commit: str | None = self.before.get("earlier_commit") or joined_commits(
+            session.get("commit") for session in self.before.get("sessions", [])
+        )
 
     def go(self) -> Outcome:
         """Plan, check, answer, measure, sum up."""
@@ -205,10 +209,15 @@ class _Run:
             "config": config,
             "metrics": metrics,
             "cells": cells,
+            **self._unnamed_commit(),
             "sessions": [*self.before.get("sessions", []), session],
         }
         self.folder.write_run(run)
         return run
+
+    def _unnamed_commit(self) -> dict[str, str | None]:
+        unnamed = any("commit" not in row for row in self.predictions)
+        return {"earlier_commit": self.earlier_commit} if unnamed else {}
 
     # ---- answering
     # -------------------------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ class _Run:
                     continue
                 replies = self.answerer.answer(prompt, [cell.setting for cell in todo])
                 rows = [
-                    prediction_row(ids[cell], prompt, reply)
+                    prediction_row(ids[cell], prompt, reply, self.commit)
                     for cell, reply in zip(todo, replies, strict=True)
                 ]
                 self.folder.predictions.append(rows)
@@ -305,7 +314,7 @@ class _Run:
                 answers[cell_id],
                 costs.get(cell_id, []),
                 self.identity,
-                self.commit,
+                self.earlier_commit,
             )
             for cell_id, cell in cells.items()
             if cell_id in answers
@@ -326,8 +335,8 @@ def full_disk_as_oserror(file: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
 
 
-def prediction_row(cell_id: str, prompt: Prompt, reply: Reply) -> PredictionRow:
-    """The row of predictions.jsonl for one reply."""
+def prediction_row(cell_id: str, prompt: Prompt, reply: Reply, commit: str | None) -> PredictionRow:
+    """The row of predictions.jsonl for one reply of the code at `commit`."""
     example = prompt.example
     return PredictionRow(
         cell_id=cell_id,
@@ -345,6 +354,7 @@ def prediction_row(cell_id: str, prompt: Prompt, reply: Reply) -> PredictionRow:
         cache_bytes=reply.cache_bytes,
         full_cache_bytes=reply.full_cache_bytes,
         attended_fraction=reply.attended_fraction,
+        commit=commit,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsekv.evaluation.records import ResultRow
+from sparsekv.evaluation.results import joined_commits
 from sparsekv.reporting.summary import Line, Summary, summarize
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str
     identity, machine = run["identity"], run["machine"]
     counts = sorted({row["n"] for row in rows})
     n_rows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    commits = [commit for row in rows if row["commit"] for commit in row["commit"].split(", ")]
     gpus = ", ".join(machine["gpus"]) or "none"
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown memory"
     facts = {
@@ -111,7 +113,7 @@ def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str
         "date": str(run["finished"] or f"{run['started']} (not finished)"),
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {memory}, GPU: {gpus}",
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        "commit": run["commit"] or "–",
+        "commit": joined_commits(commits) or "–",
     }
     parts = ["# Results\n", to_markdown(summary), "\n".join(f"- {note}" for note in notes(summary)) + "\n"]
     if picture is not None:
