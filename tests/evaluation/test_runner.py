@@ -259,6 +259,23 @@ def test_other_weights_under_the_same_name_are_refused(toy_eval: Settings, tmp_p
         run(settings | {"model": str(toy.save_toy_model(tmp_path / "y" / "m", seed=2))})
 
 
+def test_a_changed_limit_of_a_benchmark_is_refused(toy_eval: Settings, toy_data: Path) -> None:
+    settings = toy_eval(methods=["full"], limit=1)
+    run(settings)
+    shorter = {"benchmarks": [{"name": "local", "path": str(toy_data), "max_new_tokens": 3}]}
+    with pytest.raises(ConfigError, match=r"run: max_new_tokens of local/a/0000 was 6, now 3; use another"):
+        run(settings | shorter)
+    # A folder from before each row named its limit: its config still does.
+    rows = [{k: v for k, v in row.items() if k != "max_new_tokens"} for row in predictions(settings)]
+    log = Path(settings["output_dir"]) / "predictions.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"run: max_new_tokens of benchmark local was None, now 3; use"):
+        run(settings | shorter)
+    assert len(run(settings | {"limit": 2}).results) == 2
+    with pytest.raises(ConfigError, match=r"max_new_tokens of "):
+        run(settings | shorter)
+
+
 def test_changed_data_is_refused_and_named(toy_eval: Settings, toy_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text(toy_data.read_text())

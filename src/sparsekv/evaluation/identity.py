@@ -15,6 +15,7 @@ import torch
 import sparsekv
 from sparsekv.config import EvalConfig
 from sparsekv.models import public_id
+from sparsekv.models.placement import resolve_device, resolve_dtype
 
 _PACKAGES = ("torch", "transformers", "kvpress", "peft", "numpy")
 _SAMPLES = 64
@@ -37,17 +38,30 @@ def weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(config: EvalConfig, model: Any) -> dict[str, Any]:
-    """What runs that share an output folder have in common; the error names the first that differs."""
-    return {
+def known_identity(config: EvalConfig) -> dict[str, Any]:
+    """The part of `identity` that is known before weights are loaded; the error names the first that differs."""
+    place = resolve_device(config.device)
+    known = {
         "model": short_name(config.model),
         "adapter": None if config.adapter is None else short_name(config.adapter),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device.type),
+        "dtype": str(resolve_dtype(config.dtype, place)).removeprefix("torch."),
+        "device": place.type,
         "seed": config.seed,
         "query_aware": config.query_aware,
         "max_new_tokens": config.max_new_tokens,
         "chunk": config.chunk,
+    }
+    if config.device_map is not None:
+        del known["device"]  # transformers chooses
+    return known
+
+
+def identity(config: EvalConfig, model: Any) -> dict[str, Any]:
+    """What runs that share an output folder have in common."""
+    return {
+        **known_identity(config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device.type),
         "weights": weights_fingerprint(model),
     }
 

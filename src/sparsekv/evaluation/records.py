@@ -35,6 +35,7 @@ class PredictionRow(TypedDict):
     full_cache_bytes: int
     attended_fraction: float
     commit: str | None
+    max_new_tokens: int
 
 
 class CostRow(TypedDict):
@@ -95,8 +96,8 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
-        """All rows; a torn last line is removed from the file.
+    def read(self, *, repair: bool = True) -> list[dict[str, Any]]:
+        """All rows; a torn last line is removed from the file, unless `repair` is False.
 
         Raises
         ------
@@ -114,7 +115,8 @@ class JsonLines:
             if row is None:
                 if end >= 0 and end + 1 < len(data):
                     raise ConfigError(f"{self.path}: line {len(rows) + 1} is damaged; remove it to go on")
-                os.truncate(self.path, good)
+                if repair:
+                    os.truncate(self.path, good)
                 break
             rows.append(row)
             good = end + 1

@@ -18,9 +18,8 @@ from typing import Any, Protocol, cast
 
 from sparsekv.benchmarks.scoring import METRICS
 from sparsekv.config import EvalConfig
-from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
-from sparsekv.evaluation.cells import Cell, Task
+from sparsekv.evaluation.cells import Cell
 from sparsekv.evaluation.cost import can_measure, measure, quick_collections
 from sparsekv.evaluation.folder import RunFolder, check_identity
 from sparsekv.evaluation.identity import commit, identity, machine, versions
@@ -29,6 +28,7 @@ from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
 from sparsekv.evaluation.reply import Reply
 from sparsekv.evaluation.results import joined_commits, result_row
+from sparsekv.evaluation.resume import check_resumable
 from sparsekv.models import load_model
 
 
@@ -115,7 +115,7 @@ class _Run:
     def go(self) -> Outcome:
         """Plan, check, answer, measure, sum up."""
         self.plan: Plan = make_plan(self.config)
-        self._check_data()
+        check_resumable(self.folder.path, self.before, self.predictions, self.plan, self.config)
         model, tokenizer = self._load()
         config = self.config
         self.identity = identity(config, model)
@@ -147,45 +147,6 @@ class _Run:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-
-    # ---- what the folder holds already
-    # ---------------------------------------------------------------------------
-
-    def _check_data(self) -> None:
-        """Every example that was answered before must still be the same example."""
-        for task, prompts in self.plan.prompts.items():
-            metric, before = prompts[0].example.metric, self.before.get("metrics", {}).get(str(task))
-            if before not in (None, metric):
-                raise ConfigError(
-                    f"output_dir '{self.folder.path}' holds another run: metric of {task} was {before!r}, "
-                    f"now {metric!r}; use another output_dir"
-                )
-        old: dict[str, PredictionRow] = {row["example_id"]: row for row in self.predictions}
-        for task, prompts in self.plan.prompts.items():
-            for prompt in prompts:
-                row = old.get(prompt.example.example_id)
-                if row is None:
-                    continue
-                for field, now in (
-                    ("prompt_sha", prompt.sha),
-                    ("references", list(prompt.example.references)),
-                ):
-                    if row[field] != now:  # type: ignore[literal-required]
-                        raise ConfigError(self._data_error(task, prompt, field, row[field], now))  # type: ignore[literal-required]
-
-    def _data_error(self, task: Task, prompt: Prompt, field: str, was: Any, now: Any) -> str:
-        """The settings that shape prompts are asked first: a changed seed says more than a changed prompt."""
-        lead = f"output_dir '{self.folder.path}' holds another run:"
-        then = self.before.get("config", {})
-        for key in ("model", "seed", "query_aware", "truncate"):
-            if key in then and then[key] != getattr(self.config, key):
-                lead += f" {key} was {then[key]!r}, now {getattr(self.config, key)!r}"
-                return f"{lead}; use another output_dir"
-        if field == "prompt_sha":
-            shown = f"prompt of {prompt.example.example_id} has sha {now[:12]}, had {was[:12]}"
-        else:
-            shown = f"{field} of {prompt.example.example_id} were {was!r}, now {now!r}"
-        return f"{lead} the {shown}: the data of {task} changed; use another output_dir"
 
     def _write_run(self, finished: str | None) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
@@ -355,6 +316,7 @@ def prediction_row(cell_id: str, prompt: Prompt, reply: Reply, commit: str | Non
         full_cache_bytes=reply.full_cache_bytes,
         attended_fraction=reply.attended_fraction,
         commit=commit,
+        max_new_tokens=prompt.max_new_tokens,
     )
 
 
