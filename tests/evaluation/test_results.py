@@ -9,7 +9,7 @@ import pytest
 
 from sparsekv.evaluation.cells import Cell, Setting, Task
 from sparsekv.evaluation.records import CostRow, PredictionRow, ResultRow
-from sparsekv.evaluation.results import result_row, standard_error
+from sparsekv.evaluation.results import comparable, result_row, standard_error
 
 CELL = Cell(
     Task("ruler", "vt", 1024),
@@ -33,6 +33,7 @@ def cost(prefill_s: float, select_s: float | None, rate: float, peak: int | None
         select_s=select_s,
         decode_tokens_per_s=rate,
         peak_bytes=peak,
+        new_tokens=16,
     )
 
 
@@ -58,6 +59,17 @@ def test_means_of_predictions_and_medians_of_costs() -> None:
         1024,
         "abc",
     )
+
+
+def test_costs_of_different_lengths_are_not_mixed() -> None:
+    rows = [cost(float(i), None, 1.0, None) for i in range(5)]
+    for made, n_tokens in zip(rows, (16, 4, 16, 4, 8), strict=True):
+        made["new_tokens"] = n_tokens
+    assert [row["prefill_s"] for row in comparable(rows, 16)] == [0.0, 2.0]
+    assert [row["prefill_s"] for row in comparable(rows, 99)] == [4.0]  # as the newest
+    del rows[0]["new_tokens"], rows[2]["new_tokens"]  # type: ignore[misc]
+    assert [row["prefill_s"] for row in comparable(rows[:3], 16)] == [0.0, 2.0]
+    assert comparable([], 16) == []
 
 
 def test_costs_that_were_not_measured_are_null() -> None:

@@ -145,6 +145,26 @@ def test_costs_can_be_measured_on_the_first_task_alone(toy_eval: Settings) -> No
     assert len(tasks) == 2 and timed == {tasks[0]}
 
 
+def test_costs_are_measured_again_when_their_length_changes(toy_eval: Settings) -> None:
+    settings = toy_eval(methods=["full"], cost_rows=2, cost_tasks=1, cost_new_tokens=2)
+    first = run(settings).results[0]
+    file = Path(settings["output_dir"]) / "costs.jsonl"
+    again = Counting()
+    second = run(settings | {"cost_new_tokens": 4}, again).results[0]
+    assert again.starts[1] == ("costs", 2, 0)
+    rows = lines(file)
+    assert [row["new_tokens"] for row in rows] == [2, 2, 4, 4]
+    for result, pair in ((first, rows[:2]), (second, rows[2:])):
+        assert result["decode_tokens_per_s"] == sum(row["decode_tokens_per_s"] for row in pair) / 2
+    # Back to the first length: nothing to measure. Rows that do not say how long they were count for no length.
+    back = Counting()
+    assert run(settings, back).results[0] == first and back.starts[1] == ("costs", 2, 2)
+    unsaid = [{k: v for k, v in row.items() if k != "new_tokens"} for row in rows[:2]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in unsaid))
+    run(settings)
+    assert [row.get("new_tokens") for row in lines(file)] == [None, None, 2, 2]
+
+
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(toy_eval: Settings, tmp_path: Path) -> None:
     settings = toy_eval()
     stopped = run(settings, Counting(stop_after=10))

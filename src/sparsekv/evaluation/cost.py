@@ -94,7 +94,7 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
     -------
     CostRow
         `prefill_s`: reading the context; `select_s`: scoring, choosing and compacting (None where a method's
-        eviction is part of its prefill); `decode_tokens_per_s`: of the tokens after the first; `peak_bytes`:
+        eviction is part of its prefill); `decode_tokens_per_s`: of the `new_tokens` after the first; `peak_bytes`:
         see `PeakMemory`.
     """
     setting, model = cell.setting, answerer.model
@@ -118,6 +118,7 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
         select_s=select_s,
         decode_tokens_per_s=rate,
         peak_bytes=peak.read(),
+        new_tokens=n_tokens,
     )
 
 

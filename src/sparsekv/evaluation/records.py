@@ -47,6 +47,7 @@ class CostRow(TypedDict):
     select_s: float | None
     decode_tokens_per_s: float
     peak_bytes: int | None
+    new_tokens: int
 
 
 class ResultRow(TypedDict):

@@ -29,6 +29,14 @@ def joined_commits(commits: Iterable[str | None]) -> str | None:
     return ", ".join(commit or UNKNOWN_COMMIT for commit in found)
 
 
+def comparable(costs: Sequence[CostRow], n_tokens: int) -> list[CostRow]:
+    """The cost rows of one cell that decoded equally many tokens: `n_tokens` if any did, else as the newest row."""
+    # Rows from before they named their tokens are a group of their own.
+    counts = [row.get("new_tokens") for row in costs]
+    wanted = n_tokens if n_tokens in counts else counts[-1] if counts else None
+    return [row for row, count in zip(costs, counts, strict=True) if count == wanted]
+
+
 def result_row(
     cell: Cell,
     metric: str,

@@ -27,7 +27,7 @@ from sparsekv.evaluation.plan import Plan, make_plan
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.records import SCHEMA_VERSION, CostRow, PredictionRow, ResultRow
 from sparsekv.evaluation.reply import Reply
-from sparsekv.evaluation.results import joined_commits, result_row
+from sparsekv.evaluation.results import comparable, joined_commits, result_row
 from sparsekv.evaluation.resume import check_resumable
 from sparsekv.models import load_model
 
@@ -228,7 +228,10 @@ class _Run:
 
     def _measure_all(self) -> None:
         rows = self.config.cost_rows
-        done = {(row["cell_id"], row["example_id"]) for row in self.costs}
+        n_tokens = self.config.cost_new_tokens
+        done = {
+            (row["cell_id"], row["example_id"]) for row in self.costs if row.get("new_tokens") == n_tokens
+        }
         todo: list[tuple[Cell, Prompt]] = []
         for task, prompts in list(self.plan.prompts.items())[: self.config.cost_tasks]:
             for setting in self.plan.settings:
@@ -245,7 +248,7 @@ class _Run:
         with quick_collections():
             for cell, prompt in left:
                 self.progress.task(str(cell.task))
-                row = measure(self.answerer, cell, prompt, self.config.cost_new_tokens)
+                row = measure(self.answerer, cell, prompt, n_tokens)
                 self.folder.costs.append([row])
                 self.costs.append(row)
                 self.progress.advance(1)
@@ -273,7 +276,7 @@ class _Run:
                 cell,
                 metrics[str(cell.task)],
                 answers[cell_id],
-                costs.get(cell_id, []),
+                comparable(costs.get(cell_id, []), self.config.cost_new_tokens),
                 self.identity,
                 self.earlier_commit,
             )
