@@ -198,6 +198,44 @@ def test_an_output_folder_of_another_run(
         assert "notes.txt' is a file" in one_line_error(capsys)
 
 
+def test_validate_tells_what_eval_would_tell_of_an_earlier_run(
+    config: Callable[..., Path], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(toy_data.read_text())
+    local = {"name": "local", "path": str(data)}
+    path = config(methods=["full"], limit=1, benchmarks=[local])
+    assert sparsekv("eval", str(path)) == 0
+    log = path.parent / "out" / "predictions.jsonl"
+    with log.open("a") as stream:
+        stream.write('{"torn')
+    before = {p.name: p.read_bytes() for p in (path.parent / "out").iterdir()}
+    capsys.readouterr()
+    assert sparsekv("validate", str(path), "limit=2", "methods=[full, knorm]") == 0
+    capsys.readouterr()
+    told = {}
+    for changes in (
+        "seed=5",
+        "dtype=bfloat16",
+        "chunk=64",
+        "max_new_tokens=3",
+        "benchmarks.0.max_new_tokens=3",
+        "benchmarks.0.metric=f1",
+    ):
+        for command in ("validate", "eval"):
+            extra = ["methods=[{name: sink_recent, budget_tokens: [32]}]"] if "chunk" in changes else []
+            assert sparsekv(command, str(path), changes, *extra) == 2
+            told[command] = one_line_error(capsys)
+            if command == "validate":
+                assert before == {p.name: p.read_bytes() for p in (path.parent / "out").iterdir()}
+        assert told["validate"] == told["eval"]
+        assert f"holds another run: {changes.partition('=')[0].rpartition('.')[2]} " in told["eval"]
+        log.write_bytes(before["predictions.jsonl"])
+    data.write_text(toy_data.read_text().replace("lazy dog", "lazy cat"))
+    assert sparsekv("validate", str(path)) == 2
+    assert "the prompt of local/a/0000 has sha" in one_line_error(capsys)
+
+
 def test_a_full_disk(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

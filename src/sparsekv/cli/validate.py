@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import typer
 
 from sparsekv.cli.arguments import ConfigFile, Overrides
 
+if TYPE_CHECKING:
+    from sparsekv.evaluation.records import PredictionRow
+
 
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check a config: keys, methods, tasks, files, ratios, budgets and context lengths."""
+    """Check a config: keys, methods, tasks, files, ratios, budgets, context lengths, and the output folder's run."""
     from sparsekv.config import load_eval_config
 
     checked = load_eval_config(config, overrides or [])
@@ -18,13 +21,16 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     from sparsekv.cli.quiet import quieten
 
     quieten()
-    from sparsekv.evaluation.folder import check_usable, read_run
+    from sparsekv.evaluation.folder import RunFolder, check_usable
     from sparsekv.evaluation.plan import make_plan
+    from sparsekv.evaluation.resume import check_resumable
 
-    output = Path(checked.output_dir).expanduser()
-    check_usable(output)
-    read_run(output)
+    folder = RunFolder(checked.output_dir)  # not entered: nothing is written, and a run may go on meanwhile
+    check_usable(folder.path)
+    before = folder.read_run()
     plan = make_plan(checked)
+    answered = cast("list[PredictionRow]", folder.predictions.read(repair=False))
+    check_resumable(folder.path, before, answered, plan, checked)
     n_examples = sum(len(prompts) for prompts in plan.prompts.values())
     typer.echo(
         f"{config}: ok. {len(plan.settings)} settings × {len(plan.prompts)} tasks = {len(plan.cells)} cells; "
