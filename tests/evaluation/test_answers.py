@@ -135,6 +135,26 @@ def test_traces_are_what_the_cache_kept(answerer: Answerer, prompt: Prompt) -> N
         assert sum(len(head) for layer in trace.kept[0] for head in layer) == pytest.approx(6 * n_kept, abs=6)
 
 
+def test_a_trace_of_eviction_while_decoding_ends_with_the_answer(
+    answerer: Answerer, toy_tokenizer: Any
+) -> None:
+    prompt = assemble(example(), toy_tokenizer, max_new_tokens=100)
+    n, n_question = prompt.context_tokens, prompt.question_ids.shape[1]
+    budget = {"compression_ratios": [], "budget_tokens": [40]}
+    recent = {}
+    for phase in ("decode", "both"):
+        ((_, trace),) = answerer.traces(prompt, chosen(methods=["sink_recent"], phase=phase, **budget))
+        assert trace.steps == [n, n + n_question + 99] and trace.length == trace.steps[1]
+        start, end = ([head.tolist() for layer in step for head in layer] for step in trace.kept)
+        whole = list(range(n))
+        assert start == [whole if phase == "decode" else [0, 1, 2, 3, *range(n - 36, n)]] * 6
+        # Evicted once per 64 tokens: 40 entries then, and what came since.
+        assert all(40 <= len(head) < 40 + 64 and head[:4] == [0, 1, 2, 3] for head in end)
+        assert all(head[4:] == list(range(head[4], trace.length)) and head[4] > n for head in end)
+        recent[phase] = end
+    assert recent["decode"] == recent["both"]  # the last eviction left nothing of the context but the sinks
+
+
 def test_query_aware_lets_eviction_see_the_question(answerer: Answerer, toy_tokenizer: Any) -> None:
     aware = assemble(example(), toy_tokenizer, query_aware=True)
     blind = assemble(example(), toy_tokenizer)

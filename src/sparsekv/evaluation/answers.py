@@ -86,7 +86,10 @@ class Answerer:
         return [replies[index] for index in range(len(settings))]
 
     def traces(self, prompt: Prompt, settings: Sequence[Setting]) -> Iterator[tuple[Setting, SelectionTrace]]:
-        """What each setting keeps of the context; nothing of native methods, whose entries can't be told."""
+        """What each setting keeps once the context was read and, where it evicts while decoding, after its answer.
+
+        Nothing of native methods, whose entries can't be told.
+        """
         shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
         if shared:
             read = self.read(prompt, shared)
@@ -94,7 +97,18 @@ class Answerer:
                 yield setting, trace_of(read.cache.fork([read.selections[index]]))
         for index, setting in enumerate(settings):
             if index not in shared and not isinstance(self.policy(setting), NativePolicy):
-                yield setting, trace_of(self.compress(prompt, setting))
+                yield setting, self._trace_alone(prompt, setting)
+
+    def _trace_alone(self, prompt: Prompt, setting: Setting) -> SelectionTrace:
+        cache = self.compress(prompt, setting)
+        read = trace_of(cache)
+        if setting.phase == "prefill":
+            return read
+        self._respond(prompt, cache)
+        answered = trace_of(cache)
+        return SelectionTrace(
+            steps=read.steps + answered.steps, kept=read.kept + answered.kept, length=answered.length
+        )
 
     def read(self, prompt: Prompt, settings: dict[int, Setting]) -> Prefilled:
         """One prefill for all `settings`, keyed by their index."""
