@@ -62,6 +62,8 @@ def test_budgets_are_shown_with_as_many_digits_as_they_have() -> None:
         for budget in ((0.5, None), (0.501, None), (0.95, None), (None, 64), (None, None))
     ]
     assert shown == ["0.50", "0.501", "0.95", "64 tokens", "own"]
+    fine = replace(SETTING, compression_ratio=0.501)
+    assert fine.shown_budget == "0.501" and ".snapkv.0.501." in Cell(TASK, fine).cell_id
 
 
 def test_ids_are_file_names() -> None:

@@ -53,10 +53,8 @@ class Setting:
 
     @property
     def shown_budget(self) -> str:
-        """ "0.50" for a ratio, "512 tokens" for a count, "own" for the method's own sizes."""
-        if self.compression_ratio is not None:
-            return f"{self.compression_ratio:.2f}"
-        return f"{self.budget_tokens} tokens" if self.budget_tokens is not None else "own"
+        """See the function `shown_budget`."""
+        return shown_budget(self.compression_ratio, self.budget_tokens)
 
 
 @dataclass(frozen=True)
