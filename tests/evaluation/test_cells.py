@@ -116,6 +116,20 @@ def test_full_does_not_evict_while_decoding(toy_eval: Callable[..., Any]) -> Non
     assert [s.phase for s in chosen(toy_eval, phase="both")] == ["prefill", "both", "both", "both", "both"]
 
 
+def test_kvpress_methods_that_evict_while_decoding_say_so(toy_eval: Callable[..., Any]) -> None:
+    names = [
+        "knorm",
+        "decoding_knorm",
+        "cam_tova",
+        "prefill_decoding(knorm, decoding(tova))",
+        "merging_knorm",
+    ]
+    both_ways = {"name": "dms(knorm)", "args": {"threshold": 0.1, "decoding": True}}
+    found = chosen(toy_eval, methods=[*names, both_ways], compression_ratios=[], budget_tokens=[32])
+    assert [s.phase for s in found] == ["prefill", "decode", "decode", "both", "prefill", "both"]
+    assert [s.phase for s in chosen(toy_eval, methods=["decoding_knorm"], phase="decode")] == ["decode"] * 2
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [

@@ -91,6 +91,8 @@ def test_nothing_is_downloaded_or_run_for_a_method_that_does_not_exist(
         ({"methods": ["kvzip"], "budget_scope": "layer"}, "budget_scope must be head, got layer"),
         ({"methods": ["adakv_snapkv"], "budget_scope": "model"}, "head or layer, got model"),
         ({"methods": ["knorm"], "budget_scope": "model", "chunk": 64}, "whole context at once"),
+        ({"methods": ["decoding_knorm"], "phase": "both"}, "use phase: decode or prefill, not both"),
+        ({"methods": ["merging_knorm"], "phase": "decode"}, "can't evict while decoding; use phase: prefill"),
         ({"methods": ["knorm", {"name": "tova", "label": "knorm"}]}, "label 'knorm' stands for two methods"),
     ],
 )

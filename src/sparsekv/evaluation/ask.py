@@ -9,7 +9,7 @@ from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer, end_ids
-from sparsekv.evaluation.cells import UNCOMPRESSED, Setting, Task, resolve
+from sparsekv.evaluation.cells import UNCOMPRESSED, Setting, Task, in_own_phase, resolve
 from sparsekv.evaluation.cost import read_alone
 from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.plan import check_combinations, load_model_config, try_budgets
@@ -96,6 +96,7 @@ def ask(
         query_aware=query_aware,
         chunk=chunk,
     )
+    setting = in_own_phase(setting)
     check_combinations([setting])
     example = Example(
         example_id="ask",

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparsekv.config import EvalConfig, MethodConfig
 from sparsekv.errors import ConfigError
 from sparsekv.policies import METHODS, list_methods, make_policy
-from sparsekv.policies.base import Policy
+from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.policies.budget import Budget, Scope
 
 UNCOMPRESSED = "full"
@@ -125,7 +125,7 @@ def settings(config: EvalConfig) -> list[Setting]:
                 query_aware=config.query_aware,
                 chunk=config.chunk,
             )
-            setting.policy()
+            setting = in_own_phase(setting)
             other = labels.setdefault(setting.label, (name, setting.args))
             if other != (name, setting.args):
                 raise ConfigError(f"label '{setting.label}' stands for two methods; give each its own label")
@@ -133,6 +133,28 @@ def settings(config: EvalConfig) -> list[Setting]:
                 raise ConfigError(f"method '{name}' with budget {setting.shown_budget} is listed twice")
             found.append(setting)
     return found
+
+
+def own_phase(policy: Policy) -> str | None:
+    """The phase of a kvpress method that decides by itself to evict while decoding; None for all others."""
+    if not (isinstance(policy, NativePolicy) and policy.decoding):
+        return None
+    from kvpress import DecodingPress
+
+    # The others (one press for the prompt and one while decoding, DMS) also evict after the prefill.
+    return "decode" if isinstance(getattr(policy, "template", None), DecodingPress) else "both"
+
+
+def in_own_phase(setting: Setting) -> Setting:
+    """The setting, with phase "prefill" (the default) replaced by its method's own phase, if it has one.
+
+    Raises
+    ------
+    ConfigError
+        If the method does not exist, or does not take the arguments.
+    """
+    own = own_phase(setting.policy())
+    return replace(setting, phase=own) if own is not None and setting.phase == "prefill" else setting
 
 
 def shown(method: str, args: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from sparsekv.benchmarks import BENCHMARKS
 from sparsekv.benchmarks.base import Example
 from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, settings
+from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, own_phase, settings
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.models import load_tokenizer
 from sparsekv.models.locate import locate_model
@@ -120,7 +120,12 @@ def check_combinations(chosen: Sequence[Setting]) -> None:
     for setting in chosen:
         policy = setting.policy()
         name = f"method '{setting.method}'"
-        if setting.phase != "prefill" and not isinstance(policy, (TokenPolicy, LayerPolicy)):
+        own = own_phase(policy)
+        if own is not None and setting.phase != own:
+            raise ConfigError(
+                f"{name} evicts by itself, in phase {own}; use phase: {own} or prefill, not {setting.phase}"
+            )
+        if own is None and setting.phase != "prefill" and not isinstance(policy, (TokenPolicy, LayerPolicy)):
             raise ConfigError(f"{name} can't evict while decoding; use phase: prefill")
         if setting.chunk is not None and policy.own_prefill:
             raise ConfigError(
