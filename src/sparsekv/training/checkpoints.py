@@ -1,0 +1,172 @@
+"""Whole and broken checkpoints, and whether one belongs to a config. Imports no torch.
+
+A checkpoint is whole when its manifest says so. The manifest is written last, with size and SHA-256 of every other
+file: a process that dies before leaves none, and a file that was cut or changed after does not match.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsekv.errors import ConfigError
+from sparsekv.models.folder import sha256_of
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.output import CONFIG_FILE, public_settings, read_training_config, write_atomically
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+FREE_KEYS = frozenset(
+    {
+        "output_dir",
+        "device",
+        "resume",
+        "report_to",
+        "progress",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+    }
+)
+"""What may differ between a checkpoint and the run that goes on from it: nothing that changes the weights."""
+
+
+class Latest(NamedTuple):
+    """The newest whole checkpoint of a folder, if any, and the newer ones that are broken: path -> reason."""
+
+    path: Path | None
+    skipped: dict[Path, str]
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The finished steps of a checkpoint, from its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ConfigError(f"'{checkpoint}' is not a checkpoint: its name must be checkpoint-STEP")
+    return int(match.group(1))
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole: call it once, after every process has written its files.
+
+    Files are flushed to the disk before the manifest is, so that losing power leaves no manifest of lost data.
+    """
+    files = {}
+    for path in _files(checkpoint):
+        with path.open("rb") as stream:
+            files[path.relative_to(checkpoint).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": sha256_of(stream),
+            }
+            os.fsync(stream.fileno())
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=2)
+    write_atomically(checkpoint / MANIFEST, text + "\n")
+
+
+def clear(checkpoint: Path) -> None:
+    """Remove what a broken checkpoint left, before its step is saved again.
+
+    Raises
+    ------
+    ConfigError
+        If it is whole: checkpoints are written once.
+    """
+    if not checkpoint.exists():
+        return
+    if damage(checkpoint) is None:
+        raise ConfigError(f"checkpoint '{checkpoint}' is there and whole; it is not written again")
+    shutil.rmtree(checkpoint)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items() if manifest["format"] == _FORMAT else None
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    if files is None:
+        return f"its {MANIFEST} is of another version"
+    for name, expected in files:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        with path.open("rb") as stream:
+            if sha256_of(stream) != expected["sha256"]:
+                return f"{name} is corrupt"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints of a folder, whole or not, the latest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def latest_whole(output_dir: Path) -> Latest:
+    """The newest whole checkpoint, and why newer ones were passed over.
+
+    path, skipped = latest_whole(folder)
+    """
+    skipped: dict[Path, str] = {}
+    for checkpoint in list_checkpoints(output_dir):
+        reason = damage(checkpoint)
+        if reason is None:
+            return Latest(checkpoint, skipped)
+        skipped[checkpoint] = reason
+    return Latest(None, skipped)
+
+
+def check_config(checkpoint: Path, config: TrainConfig) -> None:
+    """Raise unless a checkpoint was made with this config, `FREE_KEYS` apart.
+
+    Raises
+    ------
+    ConfigError
+        Names the first key that differs, in the order of TrainConfig, with both values.
+    """
+    if not (checkpoint / CONFIG_FILE).is_file():
+        raise ConfigError(f"checkpoint '{checkpoint}' has no {CONFIG_FILE}; it was not written by sparsekv")
+    old = dict(_flat(public_settings(read_training_config(checkpoint))))
+    new = dict(_flat(public_settings(config)))
+    keys = [key for key in dict.fromkeys([*new, *old]) if re.split(r"[.\[]", key)[0] not in FREE_KEYS]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    if changed:
+        first = changed[0]
+        also = f" (also {', '.join(changed[1:4])}{', …' if len(changed) > 4 else ''})" if changed[1:] else ""
+        raise ConfigError(
+            f"checkpoint '{checkpoint}' is of another config: {first} was {old.get(first)!r}, now "
+            f"{new.get(first)!r}{also}; use another output_dir, or the config it was made with"
+        )
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return [path for path in paths if path.relative_to(checkpoint).as_posix() != MANIFEST]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys; lists and plain values are leaves."""
+    if isinstance(value, Mapping) and value:
+        for key, each in value.items():
+            yield from _flat(each, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

@@ -1,0 +1,216 @@
+"""The parts of a training config: what is dropped, what is trained, what is minimised. Imports no torch.
+
+Names of presses, methods and objectives are looked up where these are made (`training.trainer`): their registries know
+them, and name the nearest one for a wrong name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sparsekv.config import Strict
+from sparsekv.errors import ConfigError, nearest
+from sparsekv.policies.budget import Scope
+from sparsekv.training.curricula import Curriculum, make_curriculum
+
+TrainModel = Literal["lora", "full", "frozen"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_RATIOS = ("compression_ratio", "drop_ratio", "keep_ratio", "base_drop_ratio", "tokens", "budget_tokens")
+_SINKS = ("n_sink", "protect_start", "sink_size", "sink_tokens")
+_RECENT = ("n_recent", "protect_recent", "recent", "recent_size", "recent_tokens")
+
+
+def named(value: Any) -> Any:
+    """`snapkv` is short for `{name: snapkv}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def protected_tokens(args: dict[str, Any]) -> int:
+    """Entries that the args of a press or method always keep: first and last ones, as far as they say."""
+
+    def size(names: Iterable[str]) -> int:
+        given = [args[name] for name in names if isinstance(args.get(name), int)]
+        return given[0] if given else 0
+
+    return size(_SINKS) + size(_RECENT)
+
+
+class Named(Strict):
+    """A name with arguments."""
+
+    name: str = Field(min_length=1)
+    args: dict[str, Any] = Field(default={})
+
+
+class _Dropping(Named):
+    @model_validator(mode="after")
+    def _ratio_is_the_curriculums(self) -> _Dropping:
+        for key in _RATIOS:
+            if key in self.args:
+                raise ValueError(
+                    f"args of '{self.name}' has {key}; the curriculum sets the ratio at every step "
+                    "(curriculum: {name: fixed, args: {ratio: 0.5}} for one that stays)"
+                )
+        return self
+
+
+class PressConfig(_Dropping):
+    """A training press: block_dropout, adaptive_block_dropout, variable_block_dropout, sentence_dropout,
+    soft_threshold, eviction_aug, sparse_reg.
+
+    Parameters
+    ----------
+    name : the press
+    args : its parameters without a ratio, for example {block_size: 64, n_sink: 4, n_recent: 64}
+    """
+
+
+class TrainMethodConfig(_Dropping):
+    """A method of `sparsekv ls methods` that drops entries while training.
+
+    Parameters
+    ----------
+    name : the method
+    args : the parameters of its policy
+    budget_scope : over what the count of kept entries is fixed: "head", "layer" or "model"
+    """
+
+    budget_scope: Scope = "head"
+
+
+class ObjectiveConfig(Strict):
+    """What is minimised; every term is a mean over the tokens that have a label.
+
+    Parameters
+    ----------
+    name : standard_lm, sparse_lm, reconstruction, eit or mixed
+    lambda_kl : weight of KL(teacher || student), for eit
+    temperature : of both distributions in that KL
+    sparsity_weight : weight of the sparsity of attention, for sparse_lm and the press sparse_reg
+    weights : objective -> weight, for mixed
+    args : further parameters of the objective
+    """
+
+    name: str = Field(min_length=1)
+    lambda_kl: NotNegative = 1.0
+    temperature: Positive = 1.0
+    sparsity_weight: NotNegative = 0.01
+    weights: dict[str, NotNegative] = Field(default={})
+    args: dict[str, Any] = Field(default={})
+
+    @model_validator(mode="after")
+    def _mixes_something(self) -> ObjectiveConfig:
+        if (self.name == "mixed") != bool(self.weights):
+            given = "no weights" if self.name == "mixed" else f"weights {self.weights}"
+            raise ValueError(f"objective '{self.name}' with {given}; weights belong to objective mixed alone")
+        if self.weights and not sum(self.weights.values()):
+            raise ValueError("all weights are 0; give at least one that is more")
+        if "mixed" in self.weights:
+            raise ValueError("objective mixed cannot be a part of itself")
+        return self
+
+
+class CurriculumConfig(Named):
+    """How the ratio changes over training.
+
+    Parameters
+    ----------
+    name : fixed, linear, cosine, step or adaptive
+    args : the parameters of its class, or keep-ratio spellings of them (`training.curricula.make_curriculum`)
+    """
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> CurriculumConfig:
+        self.make()
+        return self
+
+    def make(self) -> Curriculum:
+        """The curriculum.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown name or argument, or a ratio outside [0, 1).
+        """
+        return make_curriculum(self.name, **self.args)
+
+
+class RelevanceOptions(Strict):
+    """Learned eviction: predictors of relevance, trained through a relaxed Selection.
+
+    Entries of the context get log sigmoid((g + noise * logistic) / temperature) added to their attention logits, g
+    being the predictor's score, and the mean of sigmoid(g) over the whole model is held at the fraction to keep.
+
+    Parameters
+    ----------
+    enabled : train predictors; with neither press nor method they are what drops entries
+    width : hidden units of a two-layer predictor; 0: linear
+    bias : where the scores start; 3 keeps 95 % of every entry at first
+    lr, weight_decay : of the predictors; that of the model's own parameters is the config's
+    noise : size of the logistic noise on the scores
+    temperature_start, temperature_end : of the relaxation, over the run: soft, then nearly hard
+    budget_weight : weight of relu(mean sigmoid(g) - kept fraction)²
+    n_sink, n_recent : first and last entries of the context that always stay
+    """
+
+    enabled: bool = False
+    width: int = Field(default=0, ge=0)
+    bias: float = Field(default=3.0, allow_inf_nan=False)
+    lr: Positive = 2e-2
+    weight_decay: NotNegative = 0.0
+    noise: NotNegative = 0.5
+    temperature_start: Positive = 1.0
+    temperature_end: Positive = 0.4
+    budget_weight: NotNegative = 50.0
+    n_sink: int = Field(default=4, ge=0)
+    n_recent: int = Field(default=16, ge=0)
+
+
+class LoraOptions(Strict):
+    """A LoRA adapter (arXiv 2106.09685).
+
+    Parameters
+    ----------
+    r : rank
+    alpha : the product is scaled by alpha / r
+    dropout : in [0, 1), on its input
+    targets : names of the linear layers that get one; the error for one that the model lacks comes when it is loaded
+    """
+
+    r: int = Field(default=64, ge=1)
+    alpha: Positive = 128.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+
+    def check_targets(self, names: Iterable[str]) -> None:
+        """Raise unless every target is the last part of one of a model's module names.
+
+        Parameters
+        ----------
+        names : qualified names of the model's linear layers
+
+        Raises
+        ------
+        ConfigError
+            Names the first target that matches nothing, and the nearest layer name.
+        """
+        names = list(names)
+        layers = sorted({name.rpartition(".")[2] for name in names})
+        for target in self.targets:
+            if target in layers or any(name.endswith(f".{target}") for name in names):
+                continue
+            guess = nearest(target, layers)
+            hint = f" (did you mean '{guess}'?)" if guess else ""
+            raise ConfigError(
+                f"lora.targets: '{target}' matches no linear layer of the model{hint}; it has {', '.join(layers)}"
+            )
+
+
+Press = Annotated[PressConfig, BeforeValidator(named)]
+Method = Annotated[TrainMethodConfig, BeforeValidator(named)]
+Objective = Annotated[ObjectiveConfig, BeforeValidator(named)]

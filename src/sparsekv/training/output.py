@@ -1,0 +1,227 @@
+"""What training writes: metrics as it goes, and the folder `final/` at the end. No path of a machine in any file.
+
+    output_dir/
+      metrics.jsonl        one row per `log_every` steps and per evaluation
+      checkpoint-N/        training.checkpoints
+      final/               adapter or model, predictors, tokenizer, training_config.json, curriculum_state.json,
+                           metrics.jsonl, README.md; appears when it is whole
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekv.config import parse_config
+from sparsekv.errors import ConfigError
+from sparsekv.models import public_id
+from sparsekv.training.card import write_card
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.curriculum import Curriculum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FINAL = "final"
+CONFIG_FILE = "training_config.json"
+CURRICULUM_FILE = "curriculum_state.json"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+_ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/])[^\\/]")
+
+
+def public_name(model: str) -> str:
+    """A model's public name: its Hub id, or the last part of a local folder's path."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else public_id(model)
+
+
+def public_settings(config: TrainConfig) -> dict[str, Any]:
+    """A config as JSON values without anything of this machine: absolute paths become their last part."""
+    settings: dict[str, Any] = _without_paths(config.model_dump(mode="json"))
+    settings["model"] = public_name(config.model)
+    return settings
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def write_training_config(folder: Path, config: TrainConfig) -> None:
+    """Write training_config.json: `sparsekv train` reads it as it is."""
+    _write_json(folder / CONFIG_FILE, public_settings(config))
+
+
+def read_training_config(folder: Path) -> TrainConfig:
+    """The config in a folder's training_config.json.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    return parse_config(TrainConfig, _read_json(path), source=str(path))
+
+
+def write_curriculum(folder: Path, curriculum: Curriculum) -> None:
+    """Write curriculum_state.json."""
+    _write_json(folder / CURRICULUM_FILE, {"name": curriculum.name, "state": curriculum.state_dict()})
+
+
+def load_curriculum(folder: Path, curriculum: Curriculum) -> None:
+    """Give a curriculum the state in a folder's curriculum_state.json.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it is that of another curriculum.
+    """
+    path = folder / CURRICULUM_FILE
+    saved = _read_json(path)
+    if saved.get("name") != curriculum.name:
+        raise ConfigError(f"{path} is of curriculum {saved.get('name')!r}, not {curriculum.name!r}")
+    curriculum.load_state_dict(saved.get("state", {}))
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, each with its `step`.
+
+    Every append is on the disk before it returns. A process killed while it appends leaves a torn last line, which
+    `start` removes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add the row of a step; NaN and infinities become null."""
+        row = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with open(self.path, "ab") as stream:
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows up to the first torn or damaged line."""
+        rows: list[dict[str, Any]] = []
+        for line in (
+            self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else ()
+        ):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
+        return rows
+
+    def start(self, step: int) -> None:
+        """Begin, or go on, after `step` finished steps: later rows are removed, so that none comes twice."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_atomically(self.path, text)
+
+
+def save_final(
+    output_dir: Path,
+    config: TrainConfig,
+    *,
+    save_weights: Callable[[Path], object],
+    tokenizer: PreTrainedTokenizerBase,
+    curriculum: Curriculum,
+) -> Path:
+    """Write `output_dir/final`, which appears under its name only when it is whole; an older one is replaced.
+
+    Parameters
+    ----------
+    output_dir : Path
+        With metrics.jsonl, if any.
+    config : TrainConfig
+    save_weights : callable
+        Writes adapter or model, and relevance.safetensors if trained, into the folder it is given.
+    tokenizer, curriculum
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    target = output_dir / FINAL
+    output_dir.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{FINAL}.partial-", dir=output_dir))
+    try:
+        folder = work / FINAL
+        folder.mkdir()
+        save_weights(folder)
+        name_base(folder, public_name(config.model))
+        tokenizer.save_pretrained(folder)
+        write_training_config(folder, config)
+        write_curriculum(folder, curriculum)
+        log = MetricsLog(output_dir / METRICS_FILE)
+        if log.path.exists():
+            shutil.copyfile(log.path, folder / METRICS_FILE)
+        write_card(folder, public_settings(config), log.rows(), base=config.model)
+        if target.exists():
+            target.rename(work / "replaced")
+        folder.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def name_base(folder: Path, base: str) -> None:
+    """Let an adapter's config name its base by `base`, a public id, instead of where it lay."""
+    path = folder / ADAPTER_CONFIG_FILE
+    if path.exists():
+        _write_json(path, {**_read_json(path), "base_model_name_or_path": base})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a temporary sibling and rename it: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(text.encode("utf-8", errors="backslashreplace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
