@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from sparsekv.errors import ConfigError
 from sparsekv.models import MODELS, load_model, load_tokenizer, locate
 from sparsekv.models.fetch import fetch_embedded
-from sparsekv.models.load import one_line
+from sparsekv.models.load import load_config, one_line
 from sparsekv.models.locate import cached_folder, locate_model, locate_on_hub
 
 from .tiny import tiny_llama
@@ -205,6 +205,20 @@ def test_incomplete_and_unsafe_folders(base, tmp_path):
     refuse("config.json cannot be read")
     (folder / "config.json").unlink()
     refuse(r"has no config\.json and no adapter_config\.json")
+
+
+def test_a_config_is_read_without_weights(embedded, base, tmp_path):
+    assert load_config(str(base)).num_hidden_layers == tiny_llama().config.num_hidden_layers
+    save_adapter(tmp_path / "adapter")
+    assert load_config(str(tmp_path / "adapter")).to_dict() == load_config("tiny").to_dict()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert load_config(str(bare)).hidden_size == load_config(str(base)).hidden_size
+    (bare / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"bare': its config\.json cannot be read") as caught:
+        load_config(str(bare))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_unsupported_architecture(tmp_path):

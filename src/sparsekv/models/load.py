@@ -87,6 +87,19 @@ def load_model(
     return model.eval(), _load_tokenizer(name, source, trust_remote_code)
 
 
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model (of the base, for an adapter's folder); no weights are read.
+
+    Args:
+        name: as for `load_model`.
+        trust_remote_code: allow code from the model's repository to run.
+
+    Raises:
+        ConfigError: as for `load_model`.
+    """
+    return _load_config(name, locate_model(name), trust_remote_code)
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model (of the base, for an adapter's folder), with left padding and a pad token.
 
