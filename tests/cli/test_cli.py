@@ -260,7 +260,21 @@ def test_a_full_disk(
         (["eval", "x.yaml", "--fast"], "No such option: --fast"),
         (["ls", "method"], "unknown list 'method' (did you mean 'methods'?)"),
         (["fetch-model", "smollm3"], "unknown model 'smollm3' (did you mean 'smollm2'?)"),
-        (["generate", "--file", "none.txt", "--question", "?"], "'none.txt' cannot be read"),
+        (["generate", "--file", "none.txt", "--question", "?"], "error: --file: no such file: none.txt"),
+        (["generate", "--file", "x", "--question", "?", "--ratio", "1"], "--ratio must be in [0, 1)"),
+        (["generate", "--file", "x", "--question", " "], "--question is empty"),
+        (
+            ["generate", "--file", "x", "--question", "?", "--chunk", "0"],
+            "--chunk must be at least 1 token, got 0",
+        ),
+        (
+            ["generate", "--file", "x", "--question", "?", "--budget-tokens", "0"],
+            "--budget-tokens must be at least 1 token, got 0",
+        ),
+        (
+            ["generate", "--file", "x", "--question", "?", "--max-new-tokens", "0"],
+            "--max-new-tokens must be at least 1 token, got 0",
+        ),
         (
             ["generate", "--file", "x", "--question", "?", "--ratio", "0.5", "--budget-tokens", "9"],
             "both given",
@@ -316,8 +330,39 @@ def test_generate_answers_and_says_what_it_cost(
         method = [] if "--method" in extra else ["--method", "sink_recent"]
         assert sparsekv(*base, *method, *extra) == 0
         assert "achieved compression" in capsys.readouterr().out
-    assert sparsekv(*base, "--method", "sink_recent") == 2
-    assert "needs a budget" in one_line_error(capsys)
+
+
+def test_mistakes_of_generate_are_told_by_its_options(
+    toy_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, long = tmp_path / "text.txt", tmp_path / "long.txt"
+    text.write_bytes(b"\xef\xbb\xbf" + b"The miller sold nine sacks of rye. " * 8)  # with a byte order mark
+    long.write_text("The miller sold nine sacks of rye. " * 300)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    keys = (
+        "remove chunk",
+        "truncate: true",
+        "budget_tokens",
+        "compression_ratios",
+        "task ask",
+        "example ask",
+    )
+    for file, options, expected in (
+        (text, "--method sink_recent", "; give --ratio or --budget-tokens"),
+        (text, "--method knorm", "method 'knorm' needs a budget; give --ratio or --budget-tokens"),
+        (
+            text,
+            "--method kvzip --ratio 0.5 --chunk 64",
+            "at once, so it can't be read in chunks; leave out --chunk",
+        ),
+        (long, "--ratio 0.5", "the model allows 8192; add --truncate to cut the text, or --chunk to read"),
+        (long, "--method full --chunk 64", "give another --method, or --truncate without --chunk"),
+        (tmp_path / "latin.txt", "--ratio 0.5", "--file: "),
+    ):
+        arguments = ["generate", "--model", str(toy_model_dir), "--file", str(file), "--question", "Who?"]
+        assert sparsekv(*arguments, *options.split()) == 2
+        told = one_line_error(capsys)
+        assert expected in told and not [key for key in keys if key in told]
 
 
 @pytest.mark.parametrize(

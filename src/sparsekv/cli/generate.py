@@ -30,10 +30,12 @@ def generate(
         ),
     ] = None,
     budget_tokens: Annotated[
-        int | None, typer.Option("--budget-tokens", help="Entries to keep per kv head, instead of a ratio.")
+        int | None,
+        typer.Option("--budget-tokens", help="Entries to keep per kv head, instead of a ratio."),
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option("--chunk", help="Read that many tokens at a time and evict in between.")
+        int | None,
+        typer.Option("--chunk", help="Read that many tokens at a time and evict in between."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.")] = 128,
     query_aware: Annotated[
@@ -49,18 +51,23 @@ def generate(
     """Answer a question about a file, and say what the answer cost beside the full cache."""
     if ratio is not None and budget_tokens is not None:
         raise ConfigError(f"--ratio {ratio} and --budget-tokens {budget_tokens} are both given; give one")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--file '{file}' is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise ConfigError(f"--file '{file}' cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise ConfigError(f"--file '{file}' is empty")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ConfigError(f"--ratio must be in [0, 1) (the fraction removed), got {ratio}")
+    counts = {"--budget-tokens": budget_tokens, "--chunk": chunk, "--max-new-tokens": max_new_tokens}
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} must be at least 1 token, got {count}")
+    if not question.strip():
+        raise ConfigError("--question is empty")
+
+    from sparsekv.benchmarks.data import read_text
+
+    text = read_text(file, "--file")
 
     from sparsekv.cli.quiet import quieten
 
     quieten()
+    from sparsekv.evaluation.advice import OPTIONS
     from sparsekv.evaluation.ask import ask
     from sparsekv.policies.budget import Budget
 
@@ -81,6 +88,7 @@ def generate(
         dtype=dtype,
         device=device,
         seed=seed,
+        advice=OPTIONS,
     )
     typer.echo(report.answer.strip())
     typer.echo("")

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.advice import CONFIG, Advice
 from sparsekv.evaluation.answers import Answerer, end_ids
 from sparsekv.evaluation.cells import UNCOMPRESSED, Setting, Task, in_own_phase, resolve
 from sparsekv.evaluation.cost import read_alone
 from sparsekv.evaluation.native import native_reply
-from sparsekv.evaluation.plan import check_combinations, load_model_config, try_budgets
+from sparsekv.evaluation.plan import check_combinations, try_budgets
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.generation import greedy_decode
 from sparsekv.models import load_model, load_tokenizer
+from sparsekv.models.load import load_config
 from sparsekv.policies.base import NativePolicy
 from sparsekv.policies.budget import Budget
 
@@ -74,8 +76,11 @@ def ask(
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
+    advice: Advice = CONFIG,
 ) -> Report:
     """Answer `question` about `text` with a method at a budget; the parameters are those of `EvalConfig`.
+
+    `advice` says how messages call them.
 
     Raises
     ------
@@ -97,7 +102,7 @@ def ask(
         chunk=chunk,
     )
     setting = in_own_phase(setting)
-    check_combinations([setting])
+    check_combinations([setting], advice)
     example = Example(
         example_id="ask",
         benchmark="ask",
@@ -110,7 +115,7 @@ def ask(
         metric="string_match_part",
         context_length=None,
     )
-    model_config = load_model_config(model)
+    model_config = load_config(model)
     longest = max_context(model_config)
     tokenizer = load_tokenizer(model)
     prompt = assemble(
@@ -119,8 +124,12 @@ def ask(
         query_aware=query_aware,
         max_tokens=None if chunk is not None else longest,
         truncate=truncate,
+        advice=advice,
     )
-    try_budgets([setting], {Task("ask", "ask", None): [prompt]}, model_config, tokenizer, longest)
+    try:
+        try_budgets([setting], {Task("ask", "ask", None): [prompt]}, model_config, tokenizer, longest, advice)
+    except ConfigError as error:
+        raise error if setting.budget.given else ConfigError(f"{error}; give {advice.budget}") from None
     loaded, tokenizer = load_model(model, adapter=adapter, dtype=dtype, device=device)
     return _answer(Answerer(loaded, tokenizer, seed, longest), setting, prompt)
 

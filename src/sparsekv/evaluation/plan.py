@@ -13,10 +13,11 @@ from sparsekv.benchmarks import BENCHMARKS
 from sparsekv.benchmarks.base import Example
 from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.advice import CONFIG, Advice
 from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, own_phase, settings
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.models import load_tokenizer
-from sparsekv.models.locate import locate_model
+from sparsekv.models.load import load_config
 from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, TokenContext, TokenPolicy
 
 
@@ -58,7 +59,7 @@ def make_plan(config: EvalConfig) -> Plan:
     chosen = settings(config)
     check_combinations(chosen)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     longest = max_context(model_config)
     prompts: dict[Task, list[Prompt]] = {}
     for task, examples, truncate in load_examples(config, tokenizer):
@@ -75,19 +76,6 @@ def make_plan(config: EvalConfig) -> Plan:
         ]
     try_budgets(chosen, prompts, model_config, tokenizer, longest)
     return Plan(prompts, chosen, longest)
-
-
-def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """A model's transformers config."""
-    from transformers import AutoConfig
-
-    source = locate_model(name)
-    try:
-        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model '{name}': its config.json cannot be read: {' '.join(str(error).split())}"
-        ) from None
 
 
 def load_examples(config: EvalConfig, tokenizer: Any) -> list[tuple[Task, list[Example], bool]]:
@@ -115,7 +103,7 @@ def load_examples(config: EvalConfig, tokenizer: Any) -> list[tuple[Task, list[E
     return [(task, examples, truncate) for task, (examples, truncate) in found.items()]
 
 
-def check_combinations(chosen: Sequence[Setting]) -> None:
+def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> None:
     """Raise a ConfigError for a phase, chunk or missing budget that a method can't take."""
     for setting in chosen:
         policy = setting.policy()
@@ -129,7 +117,7 @@ def check_combinations(chosen: Sequence[Setting]) -> None:
             raise ConfigError(f"{name} can't evict while decoding; use phase: prefill")
         if setting.chunk is not None and policy.own_prefill:
             raise ConfigError(
-                f"{name} reads the whole context at once, so it can't be read in chunks; remove chunk"
+                f"{name} reads the whole context at once, so it can't be read in chunks; {advice.no_chunk}"
             )
         scope = setting.budget_scope
         if scope != "head" and isinstance(policy, (ModelPolicy, NativePolicy)):
@@ -148,7 +136,7 @@ def check_combinations(chosen: Sequence[Setting]) -> None:
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
         elif isinstance(policy, LayerPolicy) and policy.scored and not setting.budget.given:
-            raise ConfigError(f"{name} needs a budget; give compression_ratios or budget_tokens")
+            raise ConfigError(f"{name} needs a budget; give {advice.budget}")
 
 
 def try_budgets(
@@ -157,6 +145,7 @@ def try_budgets(
     model_config: Any,
     tokenizer: Any,
     longest: int,
+    advice: Advice = CONFIG,
 ) -> None:
     """Run every token policy on the shortest context of every task: budgets under the sink size show here."""
     for task, rows in prompts.items():
@@ -175,8 +164,8 @@ def try_budgets(
         for setting in chosen:
             if too_long > longest and setting.method == UNCOMPRESSED:
                 raise ConfigError(
-                    f"task {task} has {too_long} tokens, the model allows {longest}: method 'full' keeps all "
-                    "of them, so it can't read them in chunks; remove it, or set truncate: true without chunk"
+                    f"{advice.task.format(task)} has {too_long} tokens, the model allows {longest}: method "
+                    f"'full' keeps all of them, so it can't read them in chunks; {advice.full_in_chunks}"
                 )
             policy = setting.policy()
             if isinstance(policy, TokenPolicy):

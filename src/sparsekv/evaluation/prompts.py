@@ -22,6 +22,7 @@ from torch import Tensor
 from sparsekv.benchmarks.base import Example
 from sparsekv.benchmarks.scoring import PERPLEXITY
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.advice import CONFIG, Advice
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def assemble(
     max_tokens: int | None = None,
     truncate: bool = False,
     max_new_tokens: int | None = None,
+    advice: Advice = CONFIG,
 ) -> Prompt:
     """Token ids of an example.
 
@@ -114,29 +116,30 @@ def assemble(
         Cut the end of a context that is too long, as kvpress does, instead of an error.
     max_new_tokens : int, optional
         Instead of the example's own limit.
+    advice : Advice
+        How messages call things.
 
     Raises
     ------
     ConfigError
         If the context is too long and must not be cut, or nothing of it would be left.
     """
+    name = advice.example.format(example.example_id)
     limit = max_new_tokens or example.max_new_tokens
     prompt = _tokenise(example, tokenizer, query_aware, limit)
     if max_tokens is None or prompt.total_tokens <= max_tokens:
         return prompt
     if not truncate:
         raise ConfigError(
-            f"example {example.example_id}: context, question and answer take {prompt.total_tokens} tokens, "
-            f"the model allows {max_tokens}; set truncate: true to cut the context, or chunk to read it in "
-            "pieces"
+            f"{name}: context, question and answer take {prompt.total_tokens} tokens, "
+            f"the model allows {max_tokens}; {advice.too_long}"
         )
     while prompt.total_tokens > max_tokens:
         excess = prompt.total_tokens - max_tokens
         context = _without_last_tokens(prompt.example.context, tokenizer, excess)
         if not context:
             raise ConfigError(
-                f"example {example.example_id}: question and answer alone take more than the {max_tokens} "
-                "tokens that the model allows"
+                f"{name}: question and answer alone take more than the {max_tokens} tokens that the model allows"
             )
         kept = tuple((a, min(b, len(context))) for a, b in example.evidence if a < len(context))
         prompt = _tokenise(replace(example, context=context, evidence=kept), tokenizer, query_aware, limit)
