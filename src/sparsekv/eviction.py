@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekv import architecture
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
@@ -42,27 +41,14 @@ def keeps_everything(budget: Budget, n: int) -> bool:
     return n == 0 or (budget.given and budget.n_kept(n) >= n)
 
 
-def token_context(cache: SparseCache, device: torch.device) -> TokenContext:
-    """What token policies may know of a cache's model (the ids are per row, given separately)."""
-    blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
-    return TokenContext(
-        input_ids=blank,
-        attention_mask=torch.ones_like(blank, dtype=torch.bool),
-        n_layers=len(cache.layers),
-        n_kv_heads=architecture.num_kv_heads(cache.config),
-        compressible=tuple(cache.compressible),
-        tokenizer=cache.tokenizer,
-        seeds=cache.seeds,
-    )
-
-
 def kept_by_tokens(
     cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget
 ) -> Tensor:
     """BoolTensor [B, H, T seen]: what `policy` keeps of the entries that `layer` stores."""
     heads, seen = layer.n_kv_heads, layer.get_seq_length()
     device = layer.store.keys.device
-    context = token_context(cache, device)
+    blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)  # ids are given per row
+    context = TokenContext.of_model(cache.config, blank, tokenizer=cache.tokenizer, seeds=cache.seeds)
     real_seen = cache.real_seen().tolist()
     real_columns = None if cache.real is None else cache.real_columns().to(device)
     kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)

@@ -274,14 +274,8 @@ def _read_whole(model: Any, input_ids: Tensor, cache: SparseCache, policy: Polic
     """Policies that mask the prefill itself, or that run the model on their own."""
     mask = cache.real if cache.real is not None else torch.ones_like(input_ids, dtype=torch.bool)
     if isinstance(policy, TokenPolicy):
-        context = TokenContext(
-            input_ids=input_ids,
-            attention_mask=mask,
-            n_layers=len(cache.layers),
-            n_kv_heads=architecture.num_kv_heads(cache.config),
-            compressible=tuple(cache.compressible),
-            tokenizer=cache.tokenizer,
-            seeds=cache.seeds,
+        context = TokenContext.of_model(
+            cache.config, input_ids, mask, tokenizer=cache.tokenizer, seeds=cache.seeds
         )
         selection = policy.select(context, budget)
         run_decoder(model, input_ids, cache, cache.real, selection=selection)

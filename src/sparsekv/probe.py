@@ -155,15 +155,7 @@ def prefill(
     elapsed = time.perf_counter() - begin - overhead
 
     selections: dict[Hashable, Selection] = {}
-    context = TokenContext(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
-        n_layers=n_layers,
-        n_kv_heads=heads,
-        compressible=tuple(cache.compressible),
-        tokenizer=tokenizer,
-        seeds=(seed,),
-    )
+    context = TokenContext.of_model(config, input_ids, tokenizer=tokenizer, seeds=(seed,))
     for request in requests:
         begin = time.perf_counter()
         if isinstance(request.policy, TokenPolicy):

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sparsekv.architecture import compressible_layers, max_context, num_kv_heads, num_layers
+from sparsekv.architecture import max_context
 from sparsekv.benchmarks import BENCHMARKS
 from sparsekv.benchmarks.base import Example
 from sparsekv.config import EvalConfig
@@ -150,16 +148,7 @@ def try_budgets(
     """Run every token policy on the shortest context of every task: budgets under the sink size show here."""
     for task, rows in prompts.items():
         shortest = min(rows, key=lambda prompt: prompt.context_tokens)
-        ids = shortest.context_ids
-        context = TokenContext(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids, dtype=torch.bool),
-            n_layers=num_layers(model_config),
-            n_kv_heads=num_kv_heads(model_config),
-            compressible=tuple(compressible_layers(model_config)),
-            tokenizer=tokenizer,
-            seeds=(0,),
-        )
+        context = TokenContext.of_model(model_config, shortest.context_ids, tokenizer=tokenizer, seeds=(0,))
         too_long = max(prompt.total_tokens for prompt in rows)
         for setting in chosen:
             if too_long > longest and setting.method == UNCOMPRESSED:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
@@ -55,6 +56,30 @@ class TokenContext:
     compressible: tuple[int, ...] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     seeds: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_model(
+        cls,
+        model_or_config: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seeds: tuple[int, ...] | None = None,
+    ) -> TokenContext:
+        """The context of a model's input; without a mask nothing is padding."""
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        return cls(
+            input_ids=input_ids,
+            attention_mask=real,
+            n_layers=architecture.num_layers(model_or_config),
+            n_kv_heads=architecture.num_kv_heads(model_or_config),
+            compressible=tuple(architecture.compressible_layers(model_or_config)),
+            tokenizer=tokenizer,
+            seeds=seeds,
+        )
 
     @property
     def depth(self) -> tuple[int, ...]:
