@@ -1,7 +1,8 @@
 """Imports point one way: every module may use what stands left of it, and nothing goes round in a circle.
 
-    errors registry config_files < selection architecture < policies < cache < eviction attention probe
-    < models generation < metrics benchmarks < config < evaluation < reporting < cli
+    errors registry config_files < selection architecture < policies < relevance < cache
+    < eviction masked plan observers attention probe < models generation < metrics benchmarks < config
+    < training < evaluation < reporting < cli
 
 Imports inside functions count too: they hide a wrong direction only from the interpreter.
 """
@@ -19,11 +20,13 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "registry", "config_files"),
     ("selection", "architecture"),
     ("policies",),
+    ("relevance",),
     ("cache",),
-    ("eviction", "attention", "probe"),
+    ("eviction", "masked", "plan", "observers", "attention", "probe"),
     ("models", "generation"),
     ("metrics", "benchmarks"),
     ("config",),
+    ("training",),
     ("evaluation",),
     ("reporting",),
     ("cli",),

@@ -65,7 +65,7 @@ def test_from_kept() -> None:
 def test_full_hides_padding_only() -> None:
     selection = Selection.full(torch.tensor([[0, 1, 1]]))
     assert selection.evicted_at[0, 0, 0].tolist() == [0, NEVER, NEVER]
-    assert not selection.evicts() and not selection.evicts_before(3)
+    assert not selection.evicts()
 
 
 def test_kept_at() -> None:
@@ -75,11 +75,18 @@ def test_kept_at() -> None:
     assert selection.kept_at(5)[0, 0, 0].tolist() == [False, True, False, True]
 
 
-def test_evicts_and_evicts_before() -> None:
-    selection = at([4, NEVER, NEVER, NEVER])
-    assert selection.evicts() and not selection.evicts_before(4) and selection.evicts_before(5)
-    assert at([1, NEVER]).evicts_before(2)
+def test_evicts() -> None:
+    assert at([4, NEVER, NEVER, NEVER]).evicts()
     assert not at([0, NEVER]).evicts()
+
+
+def test_boundaries_are_those_of_rows_that_evict_once() -> None:
+    assert at([3, NEVER, 3, NEVER, NEVER]).boundaries == [(0, 3)]
+    assert at([0, 0, 4, NEVER, NEVER]).boundaries == [(2, 4)], "padding on the left"
+    assert at([NEVER, NEVER]).boundaries == [(0, 2)], "nothing leaves"
+    assert at([3, 4, NEVER, NEVER]).boundaries is None, "a window leaves column by column"
+    assert at([NEVER, 0, NEVER]).boundaries is None, "padding inside"
+    assert at([NEVER, NEVER, 9]).boundaries is None, "leaves after the last column"
 
 
 def test_layers_and_heads_may_be_shared() -> None:
@@ -143,8 +150,6 @@ def test_every_reader_agrees_with_the_one_rule(selection: Selection) -> None:
             earlier = [k for k, seen in enumerate(truth[head][step]) if seen and k < step]
             assert selection.slots(0, step)[0][head].tolist() == earlier
             assert selection.kept_at(step)[0, 0, head].nonzero().flatten().tolist() == earlier
-        hidden = any(k <= q and not head[q][k] for head in truth for q in range(step) for k in range(n))
-        assert selection.evicts_before(step) == hidden
     assert selection.evicts() == bool((selection.evicted_at < NEVER).any())
 
 

@@ -11,7 +11,6 @@ Shape letters: B batch, Hq query heads, H kv heads, G = Hq / H, Q queries, T sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,64 +24,11 @@ from sparsekv.cache.layer import LAYER_ATTRIBUTE, SparseLayer
 from sparsekv.cache.sparse import ATTENTION, SparseCache
 from sparsekv.errors import ConfigError
 from sparsekv.eviction import evict_layer
-from sparsekv.policies.base import LayerContext, LayerPolicy
-from sparsekv.policies.budget import Budget
-from sparsekv.selection import NEVER, Selection
+from sparsekv.masked import attend_selected
+from sparsekv.plan import Seen, SelectionPlan
+from sparsekv.selection import Selection
 
 _HOOKED = "_sparsekv_prepared"
-
-
-@dataclass
-class SelectionPlan:
-    """A layer policy that selects inside the forward: entries of the context vanish for everything after `boundary`.
-
-    Parameters
-    ----------
-    policy : LayerPolicy
-    budget : Budget
-        Scope "head" or "layer" (a model-wide budget needs every layer's scores first).
-    boundary : int
-        First column that misses what was evicted; the policy sees the columns before it.
-    attention_mask : BoolTensor [B, T], optional
-        False for padding (left).
-
-    `selected[layer]` holds what each layer chose in the last forward, [B, H, T] int32. It is refilled by every forward,
-    so recomputation under gradient checkpointing finds the same values.
-    """
-
-    policy: LayerPolicy
-    budget: Budget
-    boundary: int
-    attention_mask: Tensor | None = None
-    selected: dict[int, Tensor] = field(default_factory=dict)
-
-    def select_layer(
-        self, module: nn.Module, layer_idx: int, key: Tensor, value: Tensor, inputs: tuple[Tensor, Any]
-    ) -> Tensor:
-        """`evicted_at` [B, H, T] of one layer."""
-        hidden, (cos, sin) = inputs
-        at = torch.full(key.shape[:3], NEVER, dtype=torch.int32, device=key.device)
-        end = self.boundary
-        for row in range(key.shape[0]):
-            start = 0
-            if self.attention_mask is not None:
-                start = int((~self.attention_mask[row, :end].bool()).sum())
-            at[row, :, :start] = 0
-            spot = min(row, cos.shape[0] - 1)
-            ctx = LayerContext(
-                module=module,
-                layer_idx=layer_idx,
-                hidden_states=hidden[row : row + 1, start:end],
-                keys=key[row : row + 1, :, start:end],
-                values=value[row : row + 1, :, start:end],
-                position_embeddings=(cos[spot : spot + 1, start:end], sin[spot : spot + 1, start:end]),
-                cache_position=torch.arange(end - start, device=key.device),
-            )
-            with torch.no_grad():
-                kept = self.policy.keep_layer(ctx, self.budget)[0]
-            at[row, :, start:end] = at[row, :, start:end].masked_fill(~kept, end)
-        self.selected[layer_idx] = at
-        return at
 
 
 def sparsekv_attention(
@@ -112,21 +58,20 @@ def sparsekv_attention(
         )
     if layer is not None and compacted:
         output = attend_stored(layer, query, attention_mask, scaling)
+    elif selection is not None and _is_full_attention(module):
+        output = _attend_hidden(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            selection=selection,
+            layer_inputs=layer_inputs,
+            **kwargs,
+        )
     else:
-        bias = None
-        if selection is not None and _is_full_attention(module):
-            if isinstance(selection, SelectionPlan):
-                if layer_inputs is None:
-                    raise ConfigError("a SelectionPlan needs a model that went through sparsekv.prepare")
-                at = selection.select_layer(module, layer_idx, key, value, layer_inputs)
-                bias = selection_bias(at, None, attention_mask, query, key.shape[2])
-            else:
-                at, weight = selection.layer(layer_idx), selection.layer_log_weight(layer_idx)
-                bias = selection_bias(at, weight, attention_mask, query, key.shape[2])
-        if bias is not None:
-            attention_mask = (
-                bias.repeat_interleave(query.shape[1] // bias.shape[1], 1) if bias.shape[1] > 1 else bias
-            )
         output = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )[0]
@@ -135,58 +80,38 @@ def sparsekv_attention(
     return output, None
 
 
+def _attend_hidden(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    *,
+    selection: Selection | SelectionPlan,
+    layer_inputs: tuple[Tensor, Any] | None,
+    **kwargs: Any,
+) -> Tensor:
+    """A forward that hides entries and frees nothing. Returns [B, Q, Hq, D]."""
+    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+    plan = selection if isinstance(selection, SelectionPlan) else SelectionPlan(selection=selection)
+    at, weight, boundaries = plan.decide(module, layer_idx, key, value, layer_inputs)
+    output = attend_selected(
+        module, query, key, value, at, weight, boundaries, attention_mask, dropout, scaling, **kwargs
+    )
+    if plan.observers:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        plan.observe(Seen(module, layer_idx, query, key, at, weight, scale, boundaries))
+    return output
+
+
 def _is_full_attention(module: nn.Module) -> bool:
     window = getattr(module, "sliding_window", None)
     if window is None and hasattr(module, "config"):
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
         return layer_idx in architecture.compressible_layers(module.config)
     return window is None
-
-
-def selection_bias(
-    evicted_at: Tensor, log_weight: Tensor | None, attention_mask: Tensor | None, query: Tensor, total: int
-) -> Tensor | None:
-    """What is added to (or, as a bool, allowed in) the attention logits; None if nothing is hidden.
-
-        bias(q, k) = -inf if q < k;  0 if q < evicted_at[k];  else log_weight[k], or -inf where there is none
-
-    Parameters
-    ----------
-    evicted_at : IntTensor [B, H or 1, T]
-    log_weight : FloatTensor [B, H or 1, T], optional
-    attention_mask : BoolTensor [B or 1, 1, Q, T] or None (plain causal)
-    query : [B, Hq, Q, D]; its queries are the last Q columns
-    total : int
-        T, the number of keys.
-
-    Returns
-    -------
-    BoolTensor, or FloatTensor if soft, [B, H or 1, Q, T]
-    """
-    n_query = query.shape[2]
-    evicted_at = evicted_at.to(query.device)
-    if evicted_at.shape[-1] > total:
-        raise ConfigError(f"the selection covers {evicted_at.shape[-1]} columns, the model sees {total}")
-    evicted_at = nn.functional.pad(evicted_at, (0, total - evicted_at.shape[-1]), value=NEVER)
-    hidden = evicted_at < total
-    if attention_mask is not None:
-        hidden &= evicted_at > 0  # the mask hides the padding already
-    if log_weight is None and not bool(hidden.any()):
-        return None
-    columns = torch.arange(total, device=query.device)
-    queries = columns[total - n_query :]
-    causal = columns <= queries[:, None]
-    allowed = causal if attention_mask is None else attention_mask
-    visible = queries[:, None] < evicted_at[:, :, None, :]
-    if log_weight is None:
-        return visible & allowed
-    log_weight = nn.functional.pad(log_weight, (0, total - log_weight.shape[-1])).to(
-        query.device, query.dtype
-    )
-    soft = torch.where(
-        visible, torch.zeros((), dtype=query.dtype, device=query.device), log_weight[:, :, None, :]
-    )
-    return soft.masked_fill(~(allowed & (evicted_at > 0)[:, :, None, :]), float("-inf"))
 
 
 def attend_stored(
@@ -290,7 +215,8 @@ def _add_layer_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Hand hidden states and rotary to the attention function where it needs them. Keeps no state, only adds."""
     cache = kwargs.get("past_key_values")
     decoding = isinstance(cache, SparseCache) and cache.decode is not None
-    if not decoding and not isinstance(kwargs.get("selection"), SelectionPlan):
+    plan = kwargs.get("selection")
+    if not decoding and not (isinstance(plan, SelectionPlan) and plan.needs_inputs):
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     rotary = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]

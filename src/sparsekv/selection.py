@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -117,6 +118,25 @@ class Selection:
         column = torch.arange(self.shape[-1], device=self.evicted_at.device)
         return (self.evicted_at > step) & (column < step)
 
+    @cached_property
+    def boundaries(self) -> list[tuple[int, int]] | None:
+        """(first real column, the one column at which entries leave) of every row; None if a row has several.
+
+        A row that evicts nothing has T as its boundary. Padding must lie on the left, alike in all layers and heads.
+        """
+        found = []
+        total = self.shape[-1]
+        for row in self.evicted_at:
+            pads = row == 0
+            start = int(pads[0, 0].sum())
+            leaving = row[(row > 0) & (row < NEVER)]
+            end = int(leaving.min()) if leaving.numel() else total
+            uneven = bool(pads[..., start:].any()) or not bool(pads[..., :start].all())
+            if uneven or end > total or bool((leaving != end).any()):
+                return None
+            found.append((start, end))
+        return found
+
     def visible(self, layer: int, query_columns: Tensor) -> Tensor:
         """BoolTensor [B, H or 1, Q, T] for queries at `query_columns` [Q]."""
         at = self.layer(layer)
@@ -128,11 +148,6 @@ class Selection:
         """Sorted kept columns before `step`, as `[row][kv head] -> LongTensor`."""
         at = self.layer(layer)[..., :step]
         return [[(head > step).nonzero().flatten() for head in row] for row in at]
-
-    def evicts_before(self, step: int) -> bool:
-        """True if some real entry is hidden from a query before column `step` (the prefill itself is masked)."""
-        at = self.evicted_at
-        return bool(((at > 0) & (at < step)).any())
 
     def evicts(self) -> bool:
         """True if any real entry is ever evicted."""

@@ -7,7 +7,8 @@ import torch
 
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged, Scatter, SmallKeys
-from sparsekv.attention import SelectionPlan, prepare
+from sparsekv.attention import prepare
+from sparsekv.plan import SelectionPlan
 from sparsekv.generation import compress
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection

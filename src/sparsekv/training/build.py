@@ -1,0 +1,230 @@
+"""From a TrainConfig to a trainer, and the whole run: resume, train, write `final/`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, Subset
+from transformers import TrainerCallback, TrainingArguments
+
+from sparsekv.errors import ConfigError
+from sparsekv.models import load_model
+from sparsekv.policies import make_policy
+from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
+from sparsekv.relevance.predictor import RelevanceConfig
+from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.config_parts import ObjectiveConfig
+from sparsekv.training.data import make_dataset
+from sparsekv.training.dropping import DroppingConfig
+from sparsekv.training.objectives import Objective, make_objective
+from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
+from sparsekv.training.relaxation import Relaxation
+from sparsekv.training.trainer import SparseKVTrainer
+
+_OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
+
+
+def build_trainer(config: TrainConfig) -> SparseKVTrainer:
+    """The trainer of a config, with its model and data loaded.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown press, method or objective, LoRA targets that match nothing, or data without a usable row.
+    """
+    objective = objective_of(config.objective)
+    press = press_of(config)
+    model, tokenizer = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    train, held_out = _data(config, tokenizer)
+    model = _trainable(model, config)
+    options = config.relevance
+    relaxation = None
+    if options.enabled:
+        relaxation = Relaxation(
+            noise=options.noise,
+            temperature_start=options.temperature_start,
+            temperature_end=options.temperature_end,
+            budget_weight=options.budget_weight,
+            n_sink=options.n_sink,
+            n_recent=options.n_recent,
+        )
+    if config.adapter is not None and options.enabled and (Path(config.adapter) / RELEVANCE_FILE).exists():
+        load_relevance(model, config.adapter)
+    return SparseKVTrainer(
+        model,
+        training_arguments(config, evaluates=held_out is not None),
+        press=press,
+        curriculum=config.make_curriculum(),
+        objective=objective,
+        dropping=DroppingConfig(config.dropping, config.boundary, config.window or 1),
+        relaxation=relaxation,
+        relevance=RelevanceConfig(width=options.width, bias=options.bias),
+        relevance_lr=options.lr,
+        relevance_weight_decay=options.weight_decay,
+        press_share=0.5 if press is not None and relaxation is not None else 0.0,
+        lora=config.lora,
+        tokenizer=tokenizer,
+        train_dataset=train,
+        eval_dataset=held_out,
+        config=config,
+    )
+
+
+def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambda line: None) -> Path:
+    """Train to the end, going on from the newest whole checkpoint, and return `output_dir/final`.
+
+    Parameters
+    ----------
+    progress : hears one line per thing that a user should know
+
+    Raises
+    ------
+    ConfigError
+        Also if output_dir holds a run that may not be resumed, or checkpoints of another config.
+    """
+    output = Path(config.output_dir).expanduser()
+    latest = latest_whole(output)
+    if not config.resume and list_checkpoints(output):
+        raise ConfigError(
+            f"output_dir '{output}' holds checkpoints and resume is false; use another output_dir, or resume: true"
+        )
+    for path, reason in latest.skipped.items():
+        progress(f"{path} is passed over: {reason}")
+    if latest.path is not None:
+        check_config(latest.path, config)
+        progress(f"going on from {latest.path}")
+    trainer = build_trainer(config)
+    main = trainer.is_world_process_zero()
+    log = MetricsLog(output / METRICS_FILE)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        log.start(0 if latest.path is None else int(latest.path.name.rpartition("-")[2]))
+        trainer.add_callback(_ToFile(log))
+    trainer.train(resume_from_checkpoint=None if latest.path is None else str(latest.path))
+    if main:
+        return save_final(
+            output,
+            config,
+            save_weights=trainer.save_weights,
+            tokenizer=trainer.processing_class,
+            curriculum=trainer.curriculum,
+        )
+    return output / "final"
+
+
+def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArguments:
+    """transformers' arguments of a config."""
+    warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * config.steps)
+    return TrainingArguments(
+        output_dir=str(Path(config.output_dir).expanduser()),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        optim=config.optimizer,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=int(warmup),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=config.keep_checkpoints,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_every or None,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=not config.progress,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=config.device == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """The objective of a config; the keys that belong to other objectives are not looked at."""
+
+    def single(name: str, args: dict[str, Any]) -> Objective:
+        own = {key: getattr(config, key) for key in _OWN_ARGS.get(name, ())}
+        return make_objective(name, **{**own, **args})
+
+    if config.name != "mixed":
+        return single(config.name, dict(config.args))
+    from sparsekv.training.objectives import MixedObjective
+
+    parts = [
+        (single(name, dict(config.args.get(name, {}))), weight) for name, weight in config.weights.items()
+    ]
+    return MixedObjective(tuple(parts))
+
+
+def press_of(config: TrainConfig) -> Any:
+    """The press, or the method as a press; None if predictors alone drop entries."""
+    from sparsekv.policies.as_press import PolicyPress
+
+    if config.press is not None:
+        from sparsekv.policies.training_presses import PRESSES
+
+        return PRESSES.get(config.press.name)(**config.press.args)
+    if config.method is not None:
+        policy = make_policy(config.method.name, **config.method.args)
+        return PolicyPress(policy, 0.0, scope=config.method.budget_scope)
+    return None
+
+
+def _data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """(training data, held-out data or None)."""
+    train = make_dataset(config.data, tokenizer, config.seed)
+    if config.eval_data is not None:
+        return train, make_dataset(config.eval_data, tokenizer, config.seed + 1)
+    if config.held_out:
+        if isinstance(train, IterableDataset):
+            raise ConfigError("held_out sets samples aside, which a stream can't; give eval_data instead")
+        size = len(train)
+        if size <= config.held_out:
+            raise ConfigError(
+                f"held_out {config.held_out} leaves nothing of the data's {size} samples to train on"
+            )
+        kept = range(size - config.held_out)
+        return Subset(train, kept), Subset(train, range(size - config.held_out, size))
+    return train, None
+
+
+def _trainable(model: Any, config: TrainConfig) -> Any:
+    """The model with what the config wants trained unfrozen; a fresh LoRA adapter is the trainer's."""
+    if config.adapter is not None:
+        from peft import PeftModel
+
+        if config.train_model != "lora":
+            raise ConfigError(
+                f"adapter '{config.adapter}' is given, but train_model is '{config.train_model}'"
+            )
+        return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+    if config.train_model == "frozen":
+        model.requires_grad_(False)
+    return model
+
+
+class _ToFile(TrainerCallback):
+    """Every log row into metrics.jsonl."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append what was logged, without Trainer's running totals at the end."""
+        if logs and "train_runtime" not in logs:
+            self.log.append(state.global_step, {key: value for key, value in logs.items() if key != "epoch"})

@@ -1,0 +1,176 @@
+"""From a batch to what its forward hides: seeds, boundaries, and the plan.
+
+Shape letters: B rows, T columns of the left-padded batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsekv import architecture
+from sparsekv.errors import ConfigError, unknown
+from sparsekv.plan import Dropping, Observer, SelectionPlan
+from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow
+from sparsekv.policies.budget import Budget
+from sparsekv.selection import NEVER, Selection
+
+WAYS: tuple[Dropping, ...] = ("prefill", "streaming")
+BOUNDARIES = ("random", "end")
+
+
+@dataclass(frozen=True)
+class DroppingConfig:
+    """How entries leave while a model trains.
+
+    Parameters
+    ----------
+    way : "prefill" or "streaming"
+    boundary : "end" or "random"
+        "prefill": where a sample's own context ends, or a random column between a quarter and three quarters of it,
+        drawn by the sample's seed. Samples that set no boundary always get a random one.
+    window : int >= 1
+        "streaming": an entry that is not kept leaves so many columns after its own.
+    """
+
+    way: Dropping = "prefill"
+    boundary: Literal["random", "end"] = "end"
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise unknown("dropping", self.way, WAYS)
+        if self.boundary not in BOUNDARIES:
+            raise unknown("boundary", self.boundary, BOUNDARIES)
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ConfigError(f"window must be a whole number >= 1, got {self.window!r}")
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from whole numbers: the same in every process, unrelated for neighbours."""
+    text = ",".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def row_seeds(run_seed: int, epoch: int, sample_index: Tensor) -> tuple[int, ...]:
+    """One seed per row: a sample draws the same in any batching and on any number of ranks."""
+    return tuple(seed_of(run_seed, epoch, int(index)) for index in sample_index.tolist())
+
+
+def resolve_boundaries(
+    boundary: Tensor, attention_mask: Tensor, seeds: Sequence[int], how: str
+) -> tuple[int, ...]:
+    """The boundary column of every row; with "end" that of the sample, unless `boundary` [B] has 0."""
+    found = []
+    total = attention_mask.shape[1]
+    for given, real, seed in zip(boundary.tolist(), attention_mask.sum(1).tolist(), seeds, strict=True):
+        start = total - int(real)
+        if given and how == "end":
+            found.append(int(given))
+            continue
+        low, high = max(1, int(real) // 4), max(1, 3 * int(real) // 4)
+        found.append(start + low + seed_of(seed, 1) % (high - low + 1))
+    return tuple(found)
+
+
+def make_plan(
+    model: Any,
+    batch: dict[str, Tensor],
+    policy: Policy,
+    budget: Budget,
+    how: DroppingConfig,
+    *,
+    boundaries: Sequence[int],
+    seeds: Sequence[int],
+    tokenizer: Any = None,
+    observers: tuple[Observer, ...] = (),
+) -> SelectionPlan:
+    """The plan of one forward over `batch`.
+
+    Raises
+    ------
+    ConfigError
+        For policies that run the model themselves, or a budget that a row is too short for.
+    """
+    mask = batch["attention_mask"].bool()
+    if isinstance(policy, TokenPolicy):
+        selection = _select(
+            model, batch["input_ids"], mask, policy, budget, how, boundaries, seeds, tokenizer
+        )
+        return SelectionPlan(selection=selection, observers=observers)
+    if not isinstance(policy, LayerPolicy):
+        raise ConfigError(f"method {policy.name!r} runs the model itself; it can't be trained under")
+    padded = None if bool(mask.all()) else mask
+    streaming = how.way == "streaming"
+    return SelectionPlan(
+        policy=policy,
+        budget=budget,
+        boundary=None if streaming else tuple(boundaries),
+        window=how.window if streaming else None,
+        attention_mask=padded,
+        seeds=tuple(seeds),
+        ids=batch["input_ids"],
+        tokenizer=tokenizer,
+        observers=observers,
+    )
+
+
+def _select(
+    model: Any,
+    input_ids: Tensor,
+    mask: Tensor,
+    policy: TokenPolicy,
+    budget: Budget,
+    how: DroppingConfig,
+    boundaries: Sequence[int],
+    seeds: Sequence[int],
+    tokenizer: Any,
+) -> Selection:
+    """A token policy's Selection over the padded columns."""
+    context = TokenContext(
+        input_ids=input_ids,
+        attention_mask=mask,
+        n_layers=architecture.num_layers(model),
+        n_kv_heads=architecture.num_kv_heads(model),
+        compressible=tuple(architecture.compressible_layers(model)),
+        tokenizer=tokenizer,
+        seeds=tuple(seeds),
+    )
+    rows = []
+    total = input_ids.shape[1]
+    for row, seed in enumerate(seeds):
+        start = total - int(mask[row].sum())
+        end = total if how.way == "streaming" or policy.own_prefill else min(boundaries[row], total)
+        ids = input_ids[row, start:end]
+        if policy.own_prefill:
+            at = policy.evicted_at_row(TokenRow(ids, context, seed), budget)
+            at = torch.where(at < NEVER, at + start, at)
+        else:
+            kept = policy.keep_row(TokenRow(ids, context, seed), budget)
+            columns = torch.arange(start, end, dtype=torch.int32, device=kept.device)
+            leaves = columns + how.window if how.way == "streaming" else torch.full_like(columns, end)
+            at = torch.where(kept, NEVER, leaves)
+        at = torch.nn.functional.pad(at.to(torch.int32), (0, total - end), value=NEVER)
+        rows.append(torch.nn.functional.pad(at, (start, 0), value=0))
+    n_layers, n_heads = (max(at.shape[axis] for at in rows) for axis in (0, 1))
+    return Selection(torch.stack([at.expand(n_layers, n_heads, -1) for at in rows]))
+
+
+def achieved_compression(plan: SelectionPlan, mask: Tensor, boundaries: Sequence[int]) -> float:
+    """Mean fraction of the context's entries that the plan's last forward hid (soft ones: 1 - mean weight)."""
+    if plan.soft_kept:
+        return 1.0 - float(torch.stack([kept.detach() for kept in plan.soft_kept.values()]).mean())
+    lost = []
+    total = mask.shape[1]
+    for at in plan.selected.values():
+        for row, boundary in enumerate(boundaries):
+            start = total - int(mask[row].sum())
+            end = boundary if plan.window is None else total
+            if end > start:
+                lost.append((at[row, :, start:end] < NEVER).float().mean())
+    return float(torch.stack(lost).mean()) if lost else 0.0

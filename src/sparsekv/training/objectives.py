@@ -1,0 +1,349 @@
+"""What training minimises. Every objective is per-token weights on cross-entropy and KL, and a sparsity weight.
+
+Shape letters: B rows, T columns, C hidden size.
+
+CE and KL are sums over tokens that have a label, divided by `num_items`: the number of such tokens in the whole step,
+over all micro-batches and processes. So accumulation and data parallelism change nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsekv.errors import ConfigError
+from sparsekv.plan import SelectionPlan
+from sparsekv.registry import Registry
+from sparsekv.training.dropping import seed_of
+from sparsekv.training.linear_loss import Head, token_losses
+
+IGNORED = -100
+REPEATED = "repeated"
+"""Batch key: BoolTensor [B, T], True at the tokens that a ReconstructionObjective appended and scores."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A model's last hidden states [B, T, C] and its output layer."""
+
+    states: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is what backward starts from; `parts` are detached sums (per label token where `counts` has the name)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Weights of one objective on one batch: `ce` and `kl` fp32 [B, T] (at the label's column), `sparsity` a number."""
+
+    ce: Tensor
+    kl: Tensor
+    sparsity: float = 0.0
+
+
+class Objective(ABC):
+    """Base class. Subclasses say their `terms`, and may change the batch in `prepare`."""
+
+    name: ClassVar[str] = ""
+    needs_teacher: bool = False
+    temperature: float = 1.0
+    sparsity_kind: Literal["entropy", "l1"] | None = None
+
+    def prepare(
+        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The batch to train on; by default as it is."""
+        return batch
+
+    @abstractmethod
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """The weights of the tokens."""
+
+    def __call__(
+        self,
+        student: Output,
+        teacher: Output | None,
+        batch: Mapping[str, Tensor],
+        selection: SelectionPlan | None,
+        num_items: float,
+    ) -> Losses:
+        """The losses of one micro-batch.
+
+        Parameters
+        ----------
+        student, teacher : of the same tokens; the teacher is needed if `needs_teacher`
+        batch : labels LongTensor [B, T], -100 ignored
+        selection : the plan of the student's forward, for side outputs
+        num_items : label tokens of the whole step
+
+        Raises
+        ------
+        ConfigError
+            If the objective needs a teacher and there is none.
+        """
+        if self.needs_teacher and teacher is None:
+            raise ConfigError(f"objective {self.name} needs a teacher: the model's full cache, adapters off")
+        labels = batch["labels"][:, 1:]
+        chosen = labels != IGNORED
+        terms = self.terms(batch)
+        ce_weight, kl_weight = terms.ce[:, 1:][chosen], terms.kl[:, 1:][chosen]
+        losses = token_losses(
+            student.states[:, :-1][chosen],
+            student.head,
+            labels[chosen],
+            ce_weight / num_items,
+            teacher_states=None if teacher is None else teacher.states[:, :-1][chosen],
+            teacher_head=None if teacher is None else teacher.head,
+            kl_weight=kl_weight / num_items if self.needs_teacher else None,
+            temperature=self.temperature,
+        )
+        total = losses.total
+        repeated = batch.get(REPEATED)
+        again = torch.zeros_like(chosen) if repeated is None else repeated[:, 1:]
+        plain = ~again[chosen]
+        parts = {"ce": losses.ce[plain].sum()}
+        counts = {"ce": int(plain.sum())}
+        if self.needs_teacher:
+            parts["kl"], counts["kl"] = losses.kl[plain].sum(), counts["ce"]
+        if repeated is not None:
+            parts["reconstruction"], counts["reconstruction"] = losses.ce[~plain].sum(), int((~plain).sum())
+        share = float(chosen.sum()) / num_items  # of this micro-batch in the step
+        if terms.sparsity and selection is not None and selection.collected.get("sparsity"):
+            sparsity = torch.stack(list(selection.collected["sparsity"].values())).mean()
+            total = total + terms.sparsity * share * sparsity
+            parts["sparsity"], counts["sparsity"] = sparsity.detach() * counts["ce"], counts["ce"]
+        return Losses(total, parts, counts)
+
+
+def _ones(batch: Mapping[str, Tensor]) -> Tensor:
+    return torch.ones(batch["labels"].shape, dtype=torch.float32, device=batch["labels"].device)
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+
+
+@OBJECTIVES.register("standard_lm")
+@dataclass(frozen=True)
+class StandardLMObjective(Objective):
+    """Next-token cross-entropy while entries are missing."""
+
+    name: ClassVar[str] = "standard_lm"
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """CE 1."""
+        one = _ones(batch)
+        return Terms(one, torch.zeros_like(one))
+
+
+@OBJECTIVES.register("sparse_lm")
+@dataclass(frozen=True)
+class SparseLMObjective(Objective):
+    """Cross-entropy plus a loss on how spread attention is.
+
+    Parameters
+    ----------
+    sparsity_weight : float >= 0
+    sparsity_kind : "entropy" or "l1"
+    """
+
+    sparsity_weight: float = 0.01
+    sparsity_kind: Literal["entropy", "l1"] | None = "entropy"
+    name: ClassVar[str] = "sparse_lm"
+
+    def __post_init__(self) -> None:
+        _at_least_0(self.name, "sparsity_weight", self.sparsity_weight)
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """CE 1, sparsity."""
+        one = _ones(batch)
+        return Terms(one, torch.zeros_like(one), self.sparsity_weight)
+
+
+@OBJECTIVES.register("eit")
+@dataclass(frozen=True)
+class EITObjective(Objective):
+    """Eviction-invariant training: cross-entropy plus lambda_kl · KL(full-cache teacher || student).
+
+    The teacher is the frozen base with nothing evicted; the student sees what eviction leaves.
+
+    Parameters
+    ----------
+    lambda_kl : float >= 0
+    temperature : float > 0
+    lambda_ce : float >= 0
+    """
+
+    lambda_kl: float = 1.0
+    temperature: float = 1.0
+    lambda_ce: float = 1.0
+    needs_teacher: bool = True
+    name: ClassVar[str] = "eit"
+
+    def __post_init__(self) -> None:
+        _at_least_0(self.name, "lambda_kl", self.lambda_kl)
+        _at_least_0(self.name, "lambda_ce", self.lambda_ce)
+        if not self.temperature > 0:
+            raise ConfigError(f"objective eit: temperature must be above 0, got {self.temperature!r}")
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """CE lambda_ce, KL lambda_kl."""
+        one = _ones(batch)
+        return Terms(self.lambda_ce * one, self.lambda_kl * one)
+
+
+@OBJECTIVES.register("reconstruction")
+@dataclass(frozen=True)
+class ReconstructionObjective(Objective):
+    """Cross-entropy, and repeat a span of the context from what eviction left of it.
+
+    A span from before the boundary is appended to every sample; its first `cue` tokens say which one it is, the
+    rest are scored. What is appended changes nothing before it.
+
+    Parameters
+    ----------
+    weight : float >= 0
+        Of the repeated tokens' cross-entropy.
+    span : int >= 2
+        Tokens to repeat, the cue included.
+    cue : int >= 1
+    """
+
+    weight: float = 1.0
+    span: int = 48
+    cue: int = 8
+    name: ClassVar[str] = "reconstruction"
+
+    def __post_init__(self) -> None:
+        _at_least_0(self.name, "weight", self.weight)
+        if not 1 <= self.cue < self.span:
+            raise ConfigError(
+                f"objective reconstruction: 1 <= cue < span, got cue {self.cue}, span {self.span}"
+            )
+
+    def prepare(
+        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Append a drawn span of every row's context; rows with a context shorter than it repeat nothing."""
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        rows, total = ids.shape
+        tail = torch.zeros(rows, self.span, dtype=ids.dtype, device=ids.device)
+        tail_labels = torch.full_like(tail, IGNORED)
+        for row, (boundary, seed) in enumerate(zip(boundaries, seeds, strict=True)):
+            start = total - int(mask[row].sum())
+            room = boundary - start - self.span
+            if room < 0:
+                continue
+            begin = start + seed_of(seed, 2) % (room + 1)
+            tail[row] = ids[row, begin : begin + self.span]
+            tail_labels[row, self.cue :] = tail[row, self.cue :]
+        repeated = nn.functional.pad(torch.zeros_like(labels, dtype=torch.bool), (0, self.span), value=True)
+        return batch | {
+            "input_ids": torch.cat([ids, tail], dim=1),
+            "attention_mask": nn.functional.pad(mask, (0, self.span), value=1),
+            "labels": torch.cat([labels, tail_labels], dim=1),
+            REPEATED: repeated & (torch.cat([labels, tail_labels], dim=1) != IGNORED),
+        }
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """CE 1 on the sample, `weight` on what is repeated."""
+        one = _ones(batch)
+        if REPEATED in batch:
+            one = torch.where(batch[REPEATED], self.weight * one, one)
+        return Terms(one, torch.zeros_like(one))
+
+
+@OBJECTIVES.register("mixed")
+@dataclass(frozen=True)
+class MixedObjective(Objective):
+    """A weighted sum of objectives in one forward.
+
+    Parameters
+    ----------
+    objectives : (objective, weight) pairs; at most one of them may change the batch, and temperatures must agree
+    """
+
+    objectives: Sequence[tuple[Objective, float]] = field(default_factory=tuple)
+    name: ClassVar[str] = "mixed"
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ConfigError("objective mixed: give at least one (objective, weight)")
+        for one, weight in self.objectives:
+            _at_least_0("mixed", f"weight of {one.name}", weight)
+        teachers = [one for one, _ in self.objectives if one.needs_teacher]
+        temperatures = {one.temperature for one in teachers}
+        kinds = {one.sparsity_kind for one, _ in self.objectives} - {None}
+        if len(temperatures) > 1 or len(kinds) > 1:
+            raise ConfigError("objective mixed: its parts must agree on temperature and sparsity_kind")
+        changing = [one for one, _ in self.objectives if type(one).prepare is not Objective.prepare]
+        if len(changing) > 1:
+            raise ConfigError("objective mixed: only one of its parts may be a reconstruction")
+        object.__setattr__(self, "needs_teacher", bool(teachers))
+        object.__setattr__(self, "temperature", next(iter(temperatures), 1.0))
+        object.__setattr__(self, "sparsity_kind", next(iter(kinds), None))
+
+    def prepare(
+        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """As the part that changes the batch does."""
+        for one, _ in self.objectives:
+            batch = one.prepare(batch, boundaries, seeds)
+        return batch
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Terms:
+        """The weighted sum; on repeated tokens only the reconstruction counts."""
+        ce = torch.zeros_like(_ones(batch))
+        kl, sparsity = torch.zeros_like(ce), 0.0
+        repeated = batch.get(REPEATED)
+        for one, weight in self.objectives:
+            part = one.terms(batch)
+            own = torch.ones_like(ce)
+            if repeated is not None and type(one).prepare is Objective.prepare:
+                own = (~repeated).float()
+            ce, kl = ce + weight * own * part.ce, kl + weight * own * part.kl
+            sparsity += weight * part.sparsity
+        return Terms(ce, kl, sparsity)
+
+
+def make_objective(name: str, **args: object) -> Objective:
+    """The objective called `name`; for "mixed", `objectives` is a list of {name, weight, …}.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name or parameter, or a value that is not allowed.
+    """
+    kind = OBJECTIVES.get(name)
+    if name == "mixed":
+        given = args.pop("objectives", ())
+        parts: list[tuple[Objective, float]] = []
+        for part in given if isinstance(given, (list, tuple)) else ():
+            inner = dict(part)
+            weight = float(inner.pop("weight", 1.0))
+            parts.append((make_objective(str(inner.pop("name", "")), **inner), weight))
+        args = {"objectives": tuple(parts), **args}
+    allowed = [field for field in getattr(kind, "__dataclass_fields__", {}) if field != "needs_teacher"]
+    for key in args:
+        if key not in allowed:
+            from sparsekv.errors import unknown
+
+            raise unknown(f"argument of objective {name}", key, allowed)
+    made: Objective = kind(**args)
+    return made
+
+
+def _at_least_0(name: str, field: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ConfigError(f"objective {name}: {field} must be a number >= 0, got {value!r}")

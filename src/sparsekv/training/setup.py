@@ -1,0 +1,62 @@
+"""What a trainer is given, made into what it works with: presses to policies, models with adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparsekv import architecture
+from sparsekv.errors import ConfigError
+from sparsekv.policies.base import LayerPolicy, Policy, TokenPolicy
+from sparsekv.training.config_parts import LoraOptions
+
+
+def policy_of(press: Any) -> Policy:
+    """The policy behind a press of ours, or the same decisions of one of kvpress's.
+
+    Raises
+    ------
+    ConfigError
+        For presses that run the model themselves, or change more than which entries stay.
+    """
+    policy = getattr(press, "policy", None)
+    if isinstance(press, Policy):
+        policy = press
+    if policy is None:
+        from sparsekv.policies.presses import from_press
+
+        policy = from_press(press)
+    if not isinstance(policy, (TokenPolicy, LayerPolicy)) and not callable(getattr(policy, "draw", None)):
+        raise ConfigError(
+            f"press {type(press).__name__} can't be trained under: it runs the model itself, or changes more than "
+            "which entries stay"
+        )
+    made: Policy = policy
+    return made
+
+
+def with_lora(model: Any, options: LoraOptions | None) -> Any:
+    """`model` with a fresh LoRA adapter; as it is without options, or if it has one already.
+
+    Raises
+    ------
+    ConfigError
+        For targets that match nothing.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if options is None or isinstance(model, PeftModel):
+        return model
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    options.check_targets(linear)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
+        task_type="CAUSAL_LM",
+    )
+    made = get_peft_model(model, config)
+    architecture.check_supported(made)
+    return made
