@@ -19,6 +19,8 @@ from sparsekv.cli.evaluate import evaluate, evaluate_alias
 from sparsekv.cli.fetch import fetch
 from sparsekv.cli.generate import generate
 from sparsekv.cli.listing import listing
+from sparsekv.cli.merge import merge
+from sparsekv.cli.train import train, train_alias
 from sparsekv.cli.validate import validate
 from sparsekv.errors import ConfigError
 
@@ -51,18 +53,28 @@ def _main(
 
 
 app.command("eval")(evaluate)
+app.command("train")(train)
+app.command("merge")(merge)
 app.command("generate")(generate)
 app.command("ls")(listing)
 app.command("validate")(validate)
 app.command("fetch-model")(fetch)
 
-alias_app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-alias_app.command()(evaluate_alias)
+
+def _alias(command: Callable[..., None]) -> typer.Typer:
+    """A program of its own for one command."""
+    program = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    program.command()(command)
+    return program
+
+
+alias_app = _alias(evaluate_alias)
+train_alias_app = _alias(train_alias)
 
 
 def share_cores() -> None:
@@ -85,6 +97,12 @@ def run_eval() -> None:
     """Entry point of `sparsekv-eval`."""
     share_cores()
     sys.exit(call(alias_app, "sparsekv-eval"))
+
+
+def run_train() -> None:
+    """Entry point of `sparsekv-train`."""
+    share_cores()
+    sys.exit(call(train_alias_app, "sparsekv-train"))
 
 
 def call(command: Callable[..., Any], name: str, arguments: list[str] | None = None) -> int:

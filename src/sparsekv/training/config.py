@@ -53,7 +53,8 @@ class TrainConfig(Strict):
     held_out : instead of eval_data: so many samples of `data` are set aside and never trained on
     press : a training press that drops entries
     method : a method of `sparsekv ls methods` that does, instead of a press
-    relevance : predictors of relevance, trained along; with neither press nor method they drop entries
+    relevance : predictors of relevance, trained along; they drop entries in the steps that no press or method takes
+    press_share : with relevance and a press or method: the fraction of steps that the latter takes, in (0, 1]
     dropping : "prefill": entries of the context vanish for everything after a boundary. "streaming": an entry
         leaves once it is outside the window, unless it is kept.
     window : the last so many tokens that every query sees, for streaming
@@ -91,6 +92,7 @@ class TrainConfig(Strict):
     press: Press | None = None
     method: Method | None = None
     relevance: RelevanceOptions = RelevanceOptions()
+    press_share: float = Field(default=0.0, ge=0, le=1)
     dropping: Literal["prefill", "streaming"] = "prefill"
     window: int | None = Field(default=None, ge=1)
     boundary: Literal["end", "random"] = "end"
@@ -140,6 +142,13 @@ class TrainConfig(Strict):
             )
         if self.press is None and self.method is None and not self.relevance.enabled:
             raise ValueError("nothing drops entries; give press, method, or relevance: {enabled: true}")
+        both = self.relevance.enabled and (self.press is not None or self.method is not None)
+        if both != (self.press_share > 0):
+            given = "with" if both else "without"
+            raise ValueError(
+                f"press_share {self.press_share:g} {given} both relevance and a press or method; it says which share "
+                "of the steps the press takes when predictors are trained too"
+            )
         return self
 
     @model_validator(mode="after")
@@ -307,7 +316,7 @@ class EITConfig:
     def build_trainer(self) -> SparseKVTrainer:
         """The trainer, with its model loaded; `.train()` runs it."""
         config = self.to_train_config()
-        from sparsekv.training.trainer import build_trainer
+        from sparsekv.training.build import build_trainer
 
         return build_trainer(config)
 

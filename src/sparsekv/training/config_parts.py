@@ -83,6 +83,10 @@ class TrainMethodConfig(_Dropping):
     budget_scope: Scope = "head"
 
 
+_OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
+"""Which of ObjectiveConfig's own keys an objective takes."""
+
+
 class ObjectiveConfig(Strict):
     """What is minimised; every term is a mean over the tokens that have a label.
 
@@ -91,9 +95,9 @@ class ObjectiveConfig(Strict):
     name : standard_lm, sparse_lm, reconstruction, eit or mixed
     lambda_kl : weight of KL(teacher || student), for eit
     temperature : of both distributions in that KL
-    sparsity_weight : weight of the sparsity of attention, for sparse_lm and the press sparse_reg
+    sparsity_weight : weight of the sparsity of attention, for sparse_lm
     weights : objective -> weight, for mixed
-    args : further parameters of the objective
+    args : further parameters of the objective; for mixed a mapping objective -> its parameters
     """
 
     name: str = Field(min_length=1)
@@ -104,7 +108,7 @@ class ObjectiveConfig(Strict):
     args: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
-    def _mixes_something(self) -> ObjectiveConfig:
+    def _nothing_is_ignored(self) -> ObjectiveConfig:
         if (self.name == "mixed") != bool(self.weights):
             given = "no weights" if self.name == "mixed" else f"weights {self.weights}"
             raise ValueError(f"objective '{self.name}' with {given}; weights belong to objective mixed alone")
@@ -112,7 +116,33 @@ class ObjectiveConfig(Strict):
             raise ValueError("all weights are 0; give at least one that is more")
         if "mixed" in self.weights:
             raise ValueError("objective mixed cannot be a part of itself")
+        parts = list(self.weights) or [self.name]
+        for owner, keys in _OWN_ARGS.items():
+            for key in keys:
+                if owner not in parts and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"{key} {getattr(self, key):g} belongs to objective {owner}, which is not used here"
+                    )
+        for key, value in self.args.items() if self.weights else ():
+            if key not in self.weights or not isinstance(value, dict):
+                raise ValueError(
+                    f"args of objective mixed are {{objective: {{parameter: value}}}} for {', '.join(self.weights)}, "
+                    f"got {key}: {value!r}"
+                )
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """What `training.objectives.make_objective(name, **arguments)` is given."""
+        if self.name != "mixed":
+            return {**self._own(self.name), **self.args}
+        parts = [
+            {"name": name, "weight": weight, **self._own(name), **self.args.get(name, {})}
+            for name, weight in self.weights.items()
+        ]
+        return {"objectives": parts}
+
+    def _own(self, name: str) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in _OWN_ARGS.get(name, ())}
 
 
 class CurriculumConfig(Named):
@@ -151,16 +181,19 @@ class RelevanceOptions(Strict):
     enabled : train predictors; with neither press nor method they are what drops entries
     width : hidden units of a two-layer predictor; 0: linear
     bias : where the scores start; 3 keeps 95 % of every entry at first
+    threshold : how the budget is held. "learned": by a penalty on the mean of sigmoid(g). "quantile": the running
+        quantile of all scores at the ratio is subtracted from them, and no penalty is needed.
     lr, weight_decay : of the predictors; that of the model's own parameters is the config's
     noise : size of the logistic noise on the scores
     temperature_start, temperature_end : of the relaxation, over the run: soft, then nearly hard
-    budget_weight : weight of relu(mean sigmoid(g) - kept fraction)²
+    budget_weight : weight of relu(mean sigmoid(g) - kept fraction)², for threshold "learned"
     n_sink, n_recent : first and last entries of the context that always stay
     """
 
     enabled: bool = False
     width: int = Field(default=0, ge=0)
     bias: float = Field(default=3.0, allow_inf_nan=False)
+    threshold: Literal["learned", "quantile"] = "learned"
     lr: Positive = 2e-2
     weight_decay: NotNegative = 0.0
     noise: NotNegative = 0.5
