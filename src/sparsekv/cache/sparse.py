@@ -12,78 +12,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sparsekv import architecture
+from sparsekv.cache.decode import DecodeEviction
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.rope import Rotation
+from sparsekv.cache.window import WindowLayer
 from sparsekv.errors import ConfigError
-from sparsekv.policies.base import Policy
-from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection, stack
 
 ATTENTION = "sparsekv"
 """Name of the registered attention function (see `sparsekv.attention.prepare`)."""
-
-
-class WindowLayer(DynamicSlidingWindowLayer):
-    """The model's own sliding window, without the views that would keep evicted keys alive."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, cache_kwargs)
-        left = self.held()
-        if left[0].shape[-2] < keys.shape[-2]:
-            self.keys, self.values = (x.clone() for x in left)
-        return keys, values
-
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the window, [B, H, up to sliding_window - 1, D]; both empty before the first update."""
-        keys, values = self.keys, self.values
-        return (torch.empty(0), torch.empty(0)) if keys is None or values is None else (keys, values)
-
-    def snapshot(self) -> Any:
-        """References suffice: an update makes new tensors."""
-        return self.is_initialized, self.keys, self.values, self.cumulative_length
-
-    def restore(self, state: Any) -> None:
-        """Back to a snapshot."""
-        self.is_initialized, self.keys, self.values, self.cumulative_length = state
-
-    def fork(self, rows: int) -> WindowLayer:
-        """The same window, for `rows` copies of a single row."""
-        twin = WindowLayer(self.sliding_window)
-        if self.is_initialized:
-            twin.lazy_initialization(self.keys, self.values)
-            twin.keys, twin.values = (x.repeat_interleave(rows, dim=0) for x in (self.keys, self.values))
-            twin.cumulative_length = self.cumulative_length
-        return twin
-
-
-@dataclass
-class DecodeEviction:
-    """Eviction while tokens are generated.
-
-    Parameters
-    ----------
-    policy, budget
-        What to keep; the budget counts all stored entries.
-    every : int >= 1
-        Evict once that many tokens came since the last time (1: after every token, as StreamingLLM). The cache then
-        holds between `budget` and `budget + every` entries per head.
-    """
-
-    policy: Policy
-    budget: Budget
-    every: int = 64
-    since: dict[int, int] = field(default_factory=dict)  # tokens since the last eviction, per layer
 
 
 class SparseCache(Cache):

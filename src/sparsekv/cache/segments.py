@@ -1,0 +1,290 @@
+"""Keys and values of one layer, in one flat buffer.
+
+Shape letters: B rows, H kv heads, S = B * H segments, D head size, T columns seen, N entries stored.
+
+Entries of each (row, kv head) lie together, as a segment: a prefix of kept entries, whose number may differ per
+segment, and a tail of entries appended since, the same number for all.
+
+    buffer   │ row 0 head 0: prefix │ tail ░░│ row 0 head 1: prefix │ tail ░░│ …          ░ = spare room
+
+Neighbouring segments of equal size form a group, which is seen as one dense [g, n, D] tensor without a copy: a uniform
+cache is a single group, so the dense case needs no code of its own. Appending writes into the spare room of the tail
+and never copies the prefix, except when the room is used up.
+
+Columns (indices of the padded input) of prefix entries are kept; those of the tail are the last `tail` ones.
+This module knows nothing of caches, attention, policies or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache.rope import Rotation
+from sparsekv.errors import ConfigError
+
+_GROWTH = 64
+"""Spare slots per segment when single tokens are appended: one copy of the prefix every 64 tokens."""
+
+
+@dataclass
+class _Guard:
+    """Tail slots of one buffer that some snapshot still needs. Shared by all states that lie in that buffer."""
+
+    tail: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Segments [start, stop) of equal size: `keys`, `values` [stop - start, n_prefix + tail, D] are views."""
+
+    start: int
+    stop: int
+    n_prefix: int
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class Segments:
+    """What a layer stores; a copy of this object (`replace`) shares the buffer and is a snapshot of it.
+
+    Parameters
+    ----------
+    keys, values : FloatTensor [sum(counts) + S * room, D]
+    columns : int32 [sum(counts)]
+        Columns of the prefix entries, ascending in a segment.
+    counts : S prefix lengths, row-major over (row, kv head)
+    tail, room : used tail slots per segment, and tail slots there are
+    seen : T
+    batch, n_kv_heads : B, H
+    moved : BoolTensor [sum(counts)], optional
+        Keys that stand re-rotated in the buffer.
+    origin : FloatTensor [moved.sum(), D], optional
+        Those keys as they were first computed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+    counts: tuple[int, ...]
+    tail: int
+    room: int
+    seen: int
+    batch: int
+    n_kv_heads: int
+    moved: Tensor | None = None
+    origin: Tensor | None = None
+    guard: _Guard = field(default_factory=_Guard)
+
+    @classmethod
+    def of(cls, key_states: Tensor, value_states: Tensor) -> Segments:
+        """The first entries, [B, H, Q, D]: all of them tail."""
+        batch, heads, n, _ = key_states.shape
+        keys, values = (_owned(x.reshape(batch * heads * n, -1)) for x in (key_states, value_states))
+        none = torch.zeros(0, dtype=torch.int32, device=key_states.device)
+        return cls(keys, values, none, (0,) * (batch * heads), n, n, n, batch, heads)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_uniform(self) -> bool:
+        """Every segment stores the same number of entries."""
+        return len(set(self.counts)) <= 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: keys, values, spare room, columns, counts, and re-rotation's originals."""
+        tensors = (self.keys, self.values, self.columns, self.moved, self.origin)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None) + 8 * len(self.counts)
+
+    def groups(self) -> Iterator[Group]:
+        """Runs of neighbouring segments of equal size, in order."""
+        offset = 0
+        for first, last, count in _runs(self.counts):
+            n, size, used = last - first, count + self.room, count + self.tail
+            keys = _segments(self.keys, offset, n, size)[:, :used]
+            values = _segments(self.values, offset, n, size)[:, :used]
+            yield Group(first, last, count, keys, values)
+            offset += n * size
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        """Views [H, stored, D] of one row, whatever the others store.
+
+        Raises ConfigError if the counts of its kv heads differ.
+        """
+        heads = self.n_kv_heads
+        first = index * heads
+        counts = self.counts[first : first + heads]
+        if len(set(counts)) > 1:
+            raise ConfigError("the kv heads of this row of the cache store different numbers of entries")
+        size, used = counts[0] + self.room, counts[0] + self.tail
+        offset = sum(self.counts[:first]) + first * self.room
+        keys, values = (_segments(x, offset, heads, size)[:, :used] for x in (self.keys, self.values))
+        return keys, values
+
+    def columns_of_segments(self) -> list[Tensor]:
+        """Columns stored by each segment, ascending: LongTensors, row-major over (row, kv head)."""
+        recent = torch.arange(self.seen - self.tail, self.seen, device=self.columns.device)
+        return [torch.cat([part.long(), recent]) for part in self.columns.split(self.counts)]
+
+    # ---- growing ------------------------------------------------------------------------------------------------
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write [B, H, Q, D] behind every segment's tail."""
+        n_new = key_states.shape[2]
+        if key_states.shape[0] != self.batch:
+            raise ConfigError(f"the cache holds {self.batch} rows, the model was given {key_states.shape[0]}")
+        if self.tail + n_new > self.room or self.tail < self.guard.tail:
+            spare = n_new if n_new > 1 else _GROWTH
+            self._relayout(room=self.tail + spare)
+        new_keys, new_values = key_states.flatten(0, 1), value_states.flatten(0, 1)
+        self.tail += n_new
+        self.seen += n_new
+        for group in self.groups():
+            group.keys[:, -n_new:] = new_keys[group.start : group.stop]
+            group.values[:, -n_new:] = new_values[group.start : group.stop]
+
+    def _relayout(self, room: int) -> None:
+        """Move into a fresh buffer with `room` tail slots per segment."""
+        total = sum(self.counts) + len(self.counts) * room
+        old = (self.keys, self.values)
+        source = list(self.groups())
+        self.keys, self.values = (x.new_empty(total, x.shape[-1]) for x in old)
+        self.room, self.guard = room, _Guard()
+        for before, after in zip(source, self.groups(), strict=True):
+            after.keys.copy_(before.keys)
+            after.values.copy_(before.values)
+
+    def remember(self) -> Segments:
+        """A snapshot: no later append writes over the tail that is used now."""
+        self.guard.tail = max(self.guard.tail, self.tail)
+        return replace(self)
+
+    # ---- taking out ---------------------------------------------------------------------------------------------
+
+    def keep(self, kept: Tensor, rows: Tensor, rotation: Rotation | None) -> Segments:
+        """New row i takes from old row `rows[i]` the entries whose column `kept[i]` keeps.
+
+        `kept` is a BoolTensor [new rows, H or 1, T]; with `rotation` kept keys move to consecutive positions.
+        """
+        heads = self.n_kv_heads
+        segment, column, slot = self._live()
+        kept = kept.to(slot.device).expand(-1, heads, -1)
+        row, head = segment // heads, segment % heads
+        wanted = kept[:, head, column] & (row == rows.to(slot.device)[:, None])  # [new rows, N]
+        new_row, entry = wanted.nonzero(as_tuple=True)
+        n_rows = kept.shape[0]
+        counts = torch.bincount(new_row * heads + head[entry], minlength=n_rows * heads)
+        slots = slot[entry]
+        keys, values = self.keys.index_select(0, slots), self.values.index_select(0, slots)
+        columns = column[entry]
+        moved, origin = None, None
+        if rotation is not None:
+            keys, moved, origin = self._rerotate(keys, entry, columns, new_row, counts, rotation)
+        return Segments(
+            keys=keys,
+            values=values,
+            columns=columns.to(torch.int32),
+            counts=tuple(counts.tolist()),
+            tail=0,
+            room=0,
+            seen=self.seen,
+            batch=n_rows,
+            n_kv_heads=heads,
+            moved=moved,
+            origin=origin,
+        )
+
+    def _live(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For every stored entry, in order: segment [N], column [N], slot in the buffer [N]."""
+        counts = torch.tensor(self.counts, device=self.keys.device)
+        segment, rank = self._ranks(counts)
+        starts = (counts + self.room).cumsum(0) - (counts + self.room)
+        in_prefix = rank < counts[segment]
+        column = self.seen - self.tail + rank - counts[segment]
+        column[in_prefix] = self.columns.long()
+        return segment, column, starts[segment] + rank
+
+    def _ranks(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """For every stored entry, in order: its segment [N] and its place in that segment [N]."""
+        sizes = counts + self.tail
+        segment = torch.repeat_interleave(torch.arange(len(sizes), device=counts.device), sizes)
+        rank = torch.arange(len(segment), device=counts.device) - (sizes.cumsum(0) - sizes)[segment]
+        return segment, rank
+
+    def _rerotate(
+        self, keys: Tensor, entry: Tensor, columns: Tensor, row: Tensor, counts: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate from each key's first position, never from a rotated copy: rounding must not add up."""
+        base = keys
+        if self.moved is not None and self.origin is not None:
+            base = keys.clone()
+            n_prefix = torch.tensor(self.counts, device=keys.device)
+            owner, rank = self._ranks(n_prefix)
+            was_moved = torch.zeros(len(owner), dtype=torch.bool, device=keys.device)
+            was_moved[rank < n_prefix[owner]] = self.moved
+            index = (was_moved.cumsum(0) - 1)[entry]
+            now = was_moved[entry]
+            base[now] = self.origin[index[now]]
+        ends = counts.cumsum(0)
+        segment = torch.repeat_interleave(torch.arange(len(counts), device=keys.device), counts)
+        from_end = ends[segment] - torch.arange(len(segment), device=keys.device)  # 1 = newest
+        delta = rotation.seen(row) - from_end - rotation.position(row, columns)
+        moved = delta != 0
+        out = base.clone()
+        out[moved] = rotation.rotate(base[moved], delta[moved])
+        return out, moved, base[moved]
+
+    # ---- rows ---------------------------------------------------------------------------------------------------
+
+    def take_rows(self, rows: Tensor) -> Segments:
+        """New row i is old row `rows[i]`, a LongTensor on the buffer's device. Copies."""
+        heads = self.n_kv_heads
+        segments = (rows[:, None] * heads + torch.arange(heads, device=rows.device)).flatten()
+        counts = torch.tensor(self.counts, device=rows.device)
+
+        def pick(sizes: Tensor) -> Tensor:
+            starts, wanted = sizes.cumsum(0) - sizes, sizes[segments]
+            base = torch.repeat_interleave(starts[segments] - (wanted.cumsum(0) - wanted), wanted)
+            return base + torch.arange(int(wanted.sum()), device=rows.device)
+
+        slots, entries = pick(counts + self.room), pick(counts)
+        moved, origin = self.moved, self.origin
+        if moved is not None and origin is not None:
+            origin = origin[(moved.cumsum(0) - 1)[entries][moved[entries]]]
+            moved = moved[entries]
+        return replace(
+            self,
+            keys=self.keys.index_select(0, slots),
+            values=self.values.index_select(0, slots),
+            columns=self.columns[entries],
+            counts=tuple(counts[segments].tolist()),
+            batch=len(rows),
+            moved=moved,
+            origin=origin,
+            guard=_Guard(),
+        )
+
+
+@lru_cache(maxsize=4096)
+def _runs(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Runs of equal counts: (first segment, one past the last, count). Asked for every layer and token: remembered."""
+    starts = [i for i, count in enumerate(counts) if i == 0 or count != counts[i - 1]]
+    return tuple((a, b, counts[a]) for a, b in zip(starts, [*starts[1:], len(counts)], strict=True))
+
+
+def _segments(flat: Tensor, offset: int, n: int, size: int) -> Tensor:
+    """View [n, size, D] of `n` neighbouring segments that start at slot `offset`."""
+    return flat.narrow(0, offset, n * size).view(n, size, flat.shape[-1])
+
+
+def _owned(flat: Tensor) -> Tensor:
+    """A tensor that keeps no larger storage alive (Phi-3's keys and values are slices of one projection)."""
+    if flat.untyped_storage().nbytes() > flat.numel() * flat.element_size():
+        return flat.clone()
+    return flat
