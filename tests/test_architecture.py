@@ -64,7 +64,6 @@ def test_compressible_layers_and_sizes(name):
     assert architecture.compressible_layers(config) == compressible
     assert architecture.head_dim(config) == head_dim
     assert architecture.num_kv_heads(config) == 2
-    assert architecture.num_query_heads(config) == 4
     assert architecture.num_layers(config) == 4
     assert architecture.max_context(config) == 128
 

@@ -114,11 +114,6 @@ def num_kv_heads(model_or_config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def num_query_heads(model_or_config: Any) -> int:
-    """Query heads per layer, a multiple of `num_kv_heads`."""
-    return int(text_config(model_or_config).num_attention_heads)
-
-
 def head_dim(model_or_config: Any) -> int:
     """Width D of one key or value vector."""
     config = text_config(model_or_config)

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from sparsekv.cli.arguments import ConfigFile, Overrides
-from sparsekv.errors import ConfigError
 
 
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -64,8 +63,6 @@ def _evaluate(path: Path, overrides: list[str], command: str) -> None:
             f"\nstopped; {n_rows} rows are kept in {config.output_dir}. To go on: {command}", file=sys.stderr
         )
         raise typer.Exit(130)
-    if not outcome.results:
-        raise ConfigError("nothing was evaluated")
     console = Console()
     width = max(console.width, 80) if console.is_terminal else 200
     console = Console(width=width)
