@@ -22,7 +22,10 @@ CONFIG = {
     "lora": {"r": 32, "alpha": 64},
     "steps": 200,
 }
-ROWS = [{"step": 10, "loss": 3.0, "ppl": 9.5}, {"step": 20, "loss": 2.3456789, "kl": None, "note": "text"}]
+ROWS = [
+    {"step": 10, "loss": 3.0, "ppl": 9.5, "learning_rate": 1e-4},
+    {"step": 20, "loss": 2.3456789, "kl": None, "note": "text"},
+]
 
 
 def card(**changes: Any) -> str:

@@ -12,7 +12,7 @@ from sparsekv import __version__
 from sparsekv.models import public_id
 
 _TAGS = ("kv-cache", "kv-cache-compression", "long-context", "sparsekv")
-_CONSTANT = {"step", "epoch"}
+_NOT_MEASURED = {"step", "epoch", "learning_rate", "grad_norm", "total_flos"}
 _LABELS = {
     "loss": "loss",
     "ce": "cross-entropy per token",
@@ -189,7 +189,7 @@ def _measured(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     last: dict[str, tuple[float, int]] = {}
     for row in metrics:
         for key, value in row.items():
-            if key not in _CONSTANT and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if key not in _NOT_MEASURED and isinstance(value, (int, float)) and not isinstance(value, bool):
                 last[key] = (value, row["step"])
     if not last:
         return ["Nothing was logged."]
