@@ -89,6 +89,49 @@ def test_mistakes_are_named_in_one_line(change: dict[str, Any], expected: str) -
     assert expected in problem(MINIMAL | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"limit": "10"}, "limit: input should be a valid integer, got '10'"),
+        ({"limit": True}, "limit: input should be a valid integer, got True"),
+        ({"limit": 2.0}, "limit: input should be a valid integer, got 2.0"),
+        ({"seed": False}, "seed: input should be a valid integer, got False"),
+        ({"budget_tokens": ["64"]}, "budget_tokens[0]: input should be a valid integer, got '64'"),
+        ({"query_aware": "yes"}, "query_aware: input should be a valid boolean, got 'yes'"),
+        ({"truncate": 1}, "truncate: input should be a valid boolean, got 1"),
+        ({"compression_ratios": ["1.5"]}, "compression_ratios[0]: input should be a valid number, got '1.5'"),
+        ({"compression_ratios": [False]}, "compression_ratios[0]: input should be a valid number, got False"),
+        (
+            {"benchmarks": [{"name": "ruler", "rows": "10"}]},
+            "benchmarks[0].rows: input should be a valid integer",
+        ),
+        (
+            {"benchmarks": [{"name": "ruler", "rows": True}]},
+            "benchmarks[0].rows: input should be a valid integer",
+        ),
+        (
+            {"benchmarks": [{"name": "ruler", "rows": 2.0}]},
+            "benchmarks[0].rows: input should be a valid integer",
+        ),
+        (
+            {"benchmarks": [{"name": "ruler", "context_length": "4096"}]},
+            "benchmarks[0].context_length[0]: input should be a valid integer, got '4096'",
+        ),
+        ({"benchmarks": [{"name": "needle", "depths": ["50"]}]}, "depths[0]: input should be a valid number"),
+        ({"benchmarks": [{"name": "ruler", "truncate": "no"}]}, "truncate: input should be a valid boolean"),
+    ],
+)
+def test_a_text_is_no_number_and_a_number_no_truth(change: dict[str, Any], expected: str) -> None:
+    assert expected in problem(MINIMAL | change)
+
+
+def test_whole_numbers_do_where_fractions_are_wanted() -> None:
+    needle = {"name": "needle", "depths": [0, 50], "context_length": 512}
+    config = parse_config(EvalConfig, MINIMAL | {"compression_ratios": [0, 0.5], "benchmarks": [needle]})
+    assert config.compression_ratios == [0.0, 0.5] and type(config.compression_ratios[0]) is float
+    assert config.benchmarks[0].depths == [0.0, 50.0] and config.benchmarks[0].context_length == [512]
+
+
 def test_a_missing_key_is_named() -> None:
     assert "key 'model' is missing" in problem({k: v for k, v in MINIMAL.items() if k != "model"})
 

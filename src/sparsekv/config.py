@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from sparsekv.benchmarks.spec import BenchmarkConfig
 from sparsekv.config_files import load_settings
@@ -30,8 +40,8 @@ def _check_ratio(value: Any) -> Any:
     return float(value)
 
 
-Ratio = Annotated[float, BeforeValidator(_check_ratio)]
-Tokens = Annotated[int, Field(ge=1)]
+Ratio = Annotated[StrictFloat, BeforeValidator(_check_ratio)]
+Tokens = Annotated[StrictInt, Field(ge=1)]
 
 
 class Strict(BaseModel):
@@ -102,26 +112,26 @@ class EvalConfig(Strict):
     device: str = "auto"
     device_map: str | None = None
     attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    seed: int = 0
+    trust_remote_code: StrictBool = False
+    seed: StrictInt = 0
     benchmarks: list[BenchmarkConfig] = Field(min_length=1)
     methods: list[Annotated[MethodConfig, BeforeValidator(_method)]] = Field(min_length=1)
     compression_ratios: list[Ratio] = []
     budget_tokens: list[Tokens] = []
     budget_scope: Scope = "head"
     phase: Phase = "prefill"
-    query_aware: bool = False
-    chunk: int | None = Field(default=None, ge=1)
-    truncate: bool = False
-    limit: int | None = Field(default=None, ge=1)
-    max_new_tokens: int | None = Field(default=None, ge=1)
-    batch_cells: bool = True
-    cost_rows: int = Field(default=0, ge=0)
-    cost_tasks: int | None = Field(default=None, ge=1)
-    cost_new_tokens: int = Field(default=16, ge=2)
-    record_selections: int = Field(default=0, ge=0)
+    query_aware: StrictBool = False
+    chunk: StrictInt | None = Field(default=None, ge=1)
+    truncate: StrictBool = False
+    limit: StrictInt | None = Field(default=None, ge=1)
+    max_new_tokens: StrictInt | None = Field(default=None, ge=1)
+    batch_cells: StrictBool = True
+    cost_rows: StrictInt = Field(default=0, ge=0)
+    cost_tasks: StrictInt | None = Field(default=None, ge=1)
+    cost_new_tokens: StrictInt = Field(default=16, ge=2)
+    record_selections: StrictInt = Field(default=0, ge=0)
     output_dir: str = "results/eval"
-    progress: bool = True
+    progress: StrictBool = True
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EvalConfig:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
 from sparsekv.errors import ConfigError
 
@@ -45,19 +55,21 @@ class BenchmarkConfig(BaseModel):
 
     name: str
     tasks: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
-    context_length: Annotated[list[int], BeforeValidator(_as_list)] = Field(default=[4096])
-    rows: int | None = None
+    context_length: Annotated[list[StrictInt], BeforeValidator(_as_list)] = Field(default=[4096])
+    rows: StrictInt | None = None
     haystack: str = "book_eval"
     squad: str = "builtin"
     path: str | None = None
     split: str = "test"
     subset: str | None = None
     metric: str = "string_match_all"
-    depths: Annotated[list[float], BeforeValidator(_as_list)] = Field(default=[0.0, 25.0, 50.0, 75.0, 100.0])
-    continuation_tokens: int = 256
-    max_new_tokens: int | None = None
-    template_tokens: int = 0
-    truncate: bool = False
+    depths: Annotated[list[StrictFloat], BeforeValidator(_as_list)] = Field(
+        default=[0.0, 25.0, 50.0, 75.0, 100.0]
+    )
+    continuation_tokens: StrictInt = 256
+    max_new_tokens: StrictInt | None = None
+    template_tokens: StrictInt = 0
+    truncate: StrictBool = False
 
     @field_validator("tasks", "context_length", "depths")
     @classmethod
