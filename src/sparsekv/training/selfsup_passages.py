@@ -1,0 +1,140 @@
+"""Questions about a text itself: continue it, repeat a part, fill a gap. Made without a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sparsekv.training import questions_passages as wording
+from sparsekv.training.data_layout import Turn
+from sparsekv.training.selfsup_draw import Draw, Made
+from sparsekv.training.selfsup_text import Passage, Sentence
+
+_WORD = re.compile(r"\S+")
+_PLAIN = re.compile(r"\b[a-z]{5,}\b")
+_NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
+_STOP_WORDS = (
+    "about above after again against almost along already also although always among another anything because "
+    "before being below between beyond could during either enough every everything first from further great "
+    "having however itself least little might more most much never nothing often other others ought perhaps "
+    "quite rather really seemed shall should since something still such than their theirs them then there "
+    "these they thing things this those though through under until upon very were what when where which while "
+    "whole whom whose will with within without would your yours"
+)
+_COMMON = frozenset(_STOP_WORDS.split())
+_LEAST_WORDS, _MOST_WORDS = 8, 40
+"""Words of a sentence with a gap."""
+ANSWER_TOKENS = (20, 60)
+"""Tokens of a continued or repeated stretch."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Words that open a stretch, the stretch from there on, and what follows the opening."""
+
+    opening: str
+    whole: str
+    rest: str
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _stretch(draw: Draw, passage: Passage) -> _Stretch | None:
+    """A stretch of 20 to 60 tokens after an opening of 4 to 8 words that occurs once in the passage; shorter
+    where the passage is.
+
+    None if the passage is too short or repeats itself everywhere.
+    """
+    rng = draw.rng
+    document = passage[0].document
+    text = document.characters(passage[0].first, passage[-1].last)
+    words = [match.span() for match in _WORD.finditer(text)]
+    n_tokens = passage[-1].last - passage[0].first
+    target = min(rng.randint(*ANSWER_TOKENS), n_tokens // 2)
+    per_token = len(words) / n_tokens
+    n_opening, n_rest = rng.randint(4, 8), max(1, int(target * per_token))
+    latest = len(words) - n_opening - n_rest
+    if latest < 0:
+        return None
+    for _ in range(8):
+        first = rng.randint(0, latest)
+        (start, _), (_, split) = words[first], words[first + n_opening - 1]
+        if text.count(text[start:split]) == 1:
+            stop = words[first + n_opening + n_rest - 1][1]
+            return _Stretch(_one_line(text[start:split]), text[start:stop], text[split:stop].strip())
+    return None
+
+
+def continue_passage(draw: Draw) -> Made | None:
+    """The words that open a stretch are quoted; the answer is what follows them."""
+    passage, pieces = draw.passage()
+    turns = []
+    for _ in range(draw.n_questions):
+        found = _stretch(draw, passage)
+        if found is None:
+            return None
+        slots = {"quote": found.opening, "rest": found.rest}
+        answer = [found.rest]
+        turns.append(
+            draw.ask(wording.CONTINUE, ("...",), ("{rest}",), found.rest, answer, slots, verbatim=True)
+        )
+    return Made(pieces, turns)
+
+
+def repeat_span(draw: Draw) -> Made | None:
+    """First and last words of a stretch are quoted; the answer is the stretch."""
+    passage, pieces = draw.passage()
+    turns = []
+    for _ in range(draw.n_questions):
+        found = _stretch(draw, passage)
+        if found is None:
+            return None
+        n_last = draw.rng.randint(2, 4)
+        slots = {"first": found.opening, "last": " ".join(found.rest.split()[-n_last:]), "whole": found.whole}
+        answer, prefixes = [found.whole], wording.PASSAGE_PREFIXES
+        turns.append(
+            draw.ask(wording.REPEAT, prefixes, ("{whole}",), found.whole, answer, slots, verbatim=True)
+        )
+    return Made(pieces, turns)
+
+
+def _gap_turn(draw: Draw, sentence: Sentence, hidden: re.Match[str], questions: tuple[str, ...]) -> Turn:
+    text = _one_line(sentence.text)
+    gap = text[: hidden.start()] + draw.rng.choice(wording.GAPS) + text[hidden.end() :]
+    answer = hidden.group()
+    prefixes = wording.WORD_PREFIXES if questions is wording.CLOZE else wording.NAME_PREFIXES
+    return draw.ask(
+        questions, prefixes, ("{hidden}", "{hidden}."), answer, [answer], {"gap": gap, "hidden": answer}
+    )
+
+
+def _gaps(draw: Draw, pattern: re.Pattern[str], questions: tuple[str, ...]) -> Made | None:
+    """Sentences of the text, each with one match of a pattern taken out that it holds just once."""
+    passage, pieces = draw.passage()
+    turns: list[Turn] = []
+    for sentence in draw.rng.sample(passage, len(passage)):
+        text = _one_line(sentence.text)
+        if not _LEAST_WORDS <= text.count(" ") + 1 <= _MOST_WORDS:
+            continue
+        found = [
+            match
+            for match in pattern.finditer(text)
+            if match.group() not in _COMMON and text.count(match.group()) == 1
+        ]
+        if found:
+            turns.append(_gap_turn(draw, sentence, draw.rng.choice(found), questions))
+        if len(turns) == draw.n_questions:
+            break
+    return Made(pieces, turns) if turns else None
+
+
+def cloze(draw: Draw) -> Made | None:
+    """A sentence with one of its longer words taken out."""
+    return _gaps(draw, _PLAIN, wording.CLOZE)
+
+
+def name(draw: Draw) -> Made | None:
+    """A sentence with a name taken out: whose is it?"""
+    return _gaps(draw, _NAME, wording.NAME)
