@@ -9,57 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from toy_runs import Counting, Settings, by_key, lines, predictions, run
 
-from sparsekv.config import EvalConfig, parse_config
-from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
-from sparsekv.evaluation.folder import RunFolder
 from sparsekv.evaluation.records import PredictionRow, ResultRow
-from sparsekv.evaluation.runner import Outcome, Silent, full_disk_as_oserror, run_evaluation
+from sparsekv.evaluation.runner import full_disk_as_oserror
 from sparsekv.selection import SelectionTrace
-
-Settings = Callable[..., dict[str, Any]]
-
-
-def run(settings: dict[str, Any], progress: Any = None) -> Outcome:
-    config = parse_config(EvalConfig, settings)
-    with RunFolder(config.output_dir) as folder:
-        return run_evaluation(config, folder, command="test", progress=progress)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def predictions(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    return lines(Path(settings["output_dir"]) / "predictions.jsonl")
-
-
-def by_key(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    found = {(row["cell_id"], row["example_id"]): row for row in rows}
-    assert len(found) == len(rows), "a row is repeated"
-    return found
-
-
-class Counting(Silent):
-    """Counts rows and can stop the run."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.rows, self.stop_after, self.starts = 0, stop_after, []
-
-    def start(self, what: str, total: int, done: int) -> None:
-        self.starts.append((what, total, done))
-
-    def advance(self, rows: int) -> None:
-        self.rows += rows
-        if self.stop_after is not None and self.rows >= self.stop_after:
-            raise KeyboardInterrupt
 
 
 def test_a_run_writes_every_row_and_sums_it_up(toy_eval: Settings) -> None:
@@ -224,94 +184,6 @@ def test_new_tasks_extend_a_folder(toy_eval: Settings, toy_data: Path) -> None:
     run(settings)
     outcome = run(toy_eval(methods=["full"]))
     assert [row["task"] for row in outcome.results] == ["a", "b"] and len(predictions(settings)) == 4
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
-        ({"query_aware": True}, "query_aware was False, now True"),
-        ({"max_new_tokens": 3}, "max_new_tokens was None, now 3"),
-    ],
-)
-def test_a_folder_of_another_run_is_refused(
-    toy_eval: Settings, change: dict[str, Any], expected: str
-) -> None:
-    settings = toy_eval(methods=["full"], limit=1)
-    run(settings)
-    before = {p.name: p.read_bytes() for p in Path(settings["output_dir"]).iterdir()}
-    with pytest.raises(ConfigError) as caught:
-        run(settings | change)
-    assert expected in str(caught.value)
-    assert before == {p.name: p.read_bytes() for p in Path(settings["output_dir"]).iterdir()}
-
-
-def test_each_row_names_the_commit_it_was_computed_under(
-    toy_eval: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = toy_eval(methods=["full"], limit=1)
-    log = Path(settings["output_dir"]) / "predictions.jsonl"
-    commits = {}
-    for commit, change in (("a", {}), ("b", {"limit": None}), ("c", {"methods": ["full", "knorm"]})):
-        monkeypatch.setattr("sparsekv.evaluation.runner.commit", lambda commit=commit: commit)
-        outcome = run(settings | change)
-        commits[commit] = [(row["method"], row["commit"]) for row in outcome.results]
-    assert commits["a"] == [("full", "a")] * 2
-    assert commits["b"] == [("full", "a, b")] * 2
-    assert commits["c"][:3] == [("full", "a, b"), ("knorm", "c"), ("knorm", "c")]
-    # Rows of a folder from before rows named their commit: those of its sessions, and they stay so.
-    rows = [{k: v for k, v in row.items() if k != "commit"} for row in predictions(settings)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for commit in ("d", "e"):
-        monkeypatch.setattr("sparsekv.evaluation.runner.commit", lambda commit=commit: commit)
-        outcome = run(settings | {"methods": ["full", "tova"], "limit": 1})
-        found = {row["method"]: row["commit"] for row in outcome.results}
-        assert found == {"full": "a, b, c", "knorm": "a, b, c", "tova": "d"}
-
-
-def test_other_weights_under_the_same_name_are_refused(toy_eval: Settings, tmp_path: Path) -> None:
-    import toy
-
-    settings = toy_eval(methods=["full"], limit=1)
-    run(settings | {"model": str(toy.save_toy_model(tmp_path / "x" / "m", seed=1))})
-    with pytest.raises(ConfigError, match="weights was"):
-        run(settings | {"model": str(toy.save_toy_model(tmp_path / "y" / "m", seed=2))})
-
-
-def test_a_changed_limit_of_a_benchmark_is_refused(toy_eval: Settings, toy_data: Path) -> None:
-    settings = toy_eval(methods=["full"], limit=1)
-    run(settings)
-    shorter = {"benchmarks": [{"name": "local", "path": str(toy_data), "max_new_tokens": 3}]}
-    with pytest.raises(ConfigError, match=r"run: max_new_tokens of local/a/0000 was 6, now 3; use another"):
-        run(settings | shorter)
-    # A folder from before each row named its limit: its config still does.
-    rows = [{k: v for k, v in row.items() if k != "max_new_tokens"} for row in predictions(settings)]
-    log = Path(settings["output_dir"]) / "predictions.jsonl"
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ConfigError, match=r"run: max_new_tokens of benchmark local was None, now 3; use"):
-        run(settings | shorter)
-    assert len(run(settings | {"limit": 2}).results) == 2
-    with pytest.raises(ConfigError, match=r"max_new_tokens of "):
-        run(settings | shorter)
-
-
-def test_changed_data_is_refused_and_named(toy_eval: Settings, toy_data: Path, tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text(toy_data.read_text())
-    settings = toy_eval(methods=["full"], benchmarks=[{"name": "local", "path": str(data)}])
-    run(settings)
-    data.write_text(toy_data.read_text().replace("lazy dog near tower 37", "lazy cat near tower 37"))
-    with pytest.raises(
-        ConfigError, match=r"the prompt of local/a/0001 has sha .*the data of local/a changed"
-    ):
-        run(settings)
-    data.write_text(toy_data.read_text().replace('"answer": "hen"', '"answer": "cock"'))
-    with pytest.raises(ConfigError, match=r"references of local/b/\d+ were \['hen'\], now \['cock'\]"):
-        run(settings)
-    more = json.loads(toy_data.read_text().splitlines()[-1]) | {"context": "A new row. " * 20}
-    data.write_text(toy_data.read_text() + json.dumps(more) + "\n")
-    assert {row["n"] for row in run(settings).results} == {2, 3}
 
 
 def test_a_full_disk_keeps_the_results_so_far(toy_eval: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
