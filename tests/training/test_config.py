@@ -12,8 +12,9 @@ import pytest
 
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
-from sparsekv.training.config import EITConfig, TrainConfig, load_train_config
+from sparsekv.training.config import TrainConfig, load_train_config
 from sparsekv.training.curricula import AdaptiveCurriculum, LinearCurriculum
+from sparsekv.training.eit import EITConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "train").glob("*.yaml"))

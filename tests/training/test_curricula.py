@@ -227,3 +227,17 @@ def test_every_registered_curriculum_knows_its_name() -> None:
     for name in CURRICULA:
         assert CURRICULA.get(name).name == name
     assert [name for name in CURRICULA if CURRICULA.get(name).adaptive] == ["adaptive"]
+
+
+def test_spread_fills_its_range_evenly_and_depends_on_the_step_alone() -> None:
+    curriculum = make_curriculum("spread", start_ratio=0.1, end_ratio=0.6, top_ratio=0.9, warmup_steps=10)
+    assert curriculum.ratio(0, 100) == 0.1
+    # half way: the ramp is at 0.35, the range 0.15 wide; 5 * 0.618034 = 3.09017
+    assert curriculum.ratio(5, 100) == pytest.approx(0.35 + 0.15 * 0.0901699)
+    late = [curriculum.ratio(step, 100) for step in range(10, 110)]
+    for quarter in range(4):
+        inside = [r for r in late if 0.6 + 0.075 * quarter <= r < 0.6 + 0.075 * (quarter + 1)]
+        assert 23 <= len(inside) <= 27
+    assert late == [curriculum.ratio(step, 100) for step in range(10, 110)]
+    with pytest.raises(ConfigError, match="top_ratio must be at least end_ratio"):
+        make_curriculum("spread", end_ratio=0.6, top_ratio=0.5)

@@ -14,6 +14,7 @@ _EXPORTS = {
     "TrainConfig": "training.config",
     "LinearCurriculum": "training.curricula",
     "StepCurriculum": "training.curricula",
+    "SpreadCurriculum": "training.curricula",
     "CosineCurriculum": "training.curricula",
     "FixedCurriculum": "training.curricula",
     "AdaptiveCurriculum": "training.curricula",

@@ -18,15 +18,12 @@ from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
 from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.config_parts import ObjectiveConfig
 from sparsekv.training.data import make_dataset
 from sparsekv.training.dropping import DroppingConfig
-from sparsekv.training.objectives import Objective, make_objective
+from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
 from sparsekv.training.trainer import SparseKVTrainer
-
-_OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
 
 
 def build_trainer(config: TrainConfig) -> SparseKVTrainer:
@@ -37,7 +34,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     ConfigError
         For an unknown press, method or objective, LoRA targets that match nothing, or data without a usable row.
     """
-    objective = objective_of(config.objective)
+    objective = make_objective(config.objective.name, **config.objective.arguments())
     press = press_of(config)
     model, tokenizer = load_model(
         config.model,
@@ -51,6 +48,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     relaxation = None
     if options.enabled:
         relaxation = Relaxation(
+            threshold=options.threshold,
             noise=options.noise,
             temperature_start=options.temperature_start,
             temperature_end=options.temperature_end,
@@ -71,7 +69,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         relevance=RelevanceConfig(width=options.width, bias=options.bias),
         relevance_lr=options.lr,
         relevance_weight_decay=options.weight_decay,
-        press_share=0.5 if press is not None and relaxation is not None else 0.0,
+        press_share=config.press_share,
         lora=config.lora,
         tokenizer=tokenizer,
         train_dataset=train,
@@ -152,23 +150,6 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArgum
         use_cpu=config.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def objective_of(config: ObjectiveConfig) -> Objective:
-    """The objective of a config; the keys that belong to other objectives are not looked at."""
-
-    def single(name: str, args: dict[str, Any]) -> Objective:
-        own = {key: getattr(config, key) for key in _OWN_ARGS.get(name, ())}
-        return make_objective(name, **{**own, **args})
-
-    if config.name != "mixed":
-        return single(config.name, dict(config.args))
-    from sparsekv.training.objectives import MixedObjective
-
-    parts = [
-        (single(name, dict(config.args.get(name, {}))), weight) for name, weight in config.weights.items()
-    ]
-    return MixedObjective(tuple(parts))
 
 
 def press_of(config: TrainConfig) -> Any:

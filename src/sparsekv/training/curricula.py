@@ -32,6 +32,7 @@ __all__ = [
     "Curriculum",
     "FixedCurriculum",
     "LinearCurriculum",
+    "SpreadCurriculum",
     "StepCurriculum",
     "make_curriculum",
     "removed_fraction",
@@ -39,6 +40,8 @@ __all__ = [
 
 CURRICULA: Registry[type[Curriculum]] = Registry("curriculum")
 CURRICULA.register("adaptive", AdaptiveCurriculum)
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 _KEEP_SPELLINGS = {
     "initial_keep_ratio": ("start_ratio",),
@@ -126,6 +129,44 @@ class CosineCurriculum(_Ramp):
         return self.start_ratio + (self.end_ratio - self.start_ratio) * (1 - math.cos(math.pi * done)) / 2
 
 
+@CURRICULA.register("spread")
+@dataclass(frozen=True)
+class SpreadCurriculum(_Ramp):
+    """A ramp to the lower end of a range, then every ratio of it in turn, so that one model serves them all.
+
+    The range opens with the ramp: at progress p the ratio is drawn from [start + (end - start) * p, the same plus
+    (top - end) * p] by multiples of the golden ratio, which fill it evenly and depend on the step alone.
+
+    Parameters
+    ----------
+    start_ratio, end_ratio, warmup_steps : as for LinearCurriculum
+    top_ratio : float in [end_ratio, 1)
+        Upper end of the range.
+
+    Raises
+    ------
+    ConfigError
+        If a ratio is outside [0, 1), or top_ratio is below end_ratio.
+    """
+
+    top_ratio: float = 0.9
+    name = "spread"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if checked_ratio("spread", "top_ratio", self.top_ratio) < self.end_ratio:
+            raise ConfigError(
+                f"curriculum spread: top_ratio must be at least end_ratio {self.end_ratio}, got {self.top_ratio}"
+            )
+
+    def ratio(self, step: int, total_steps: int) -> float:
+        """The ramp, plus a place in the range."""
+        done = self._progress(step, total_steps)
+        place = (step * _GOLDEN) % 1.0
+        ramp = self.start_ratio + (self.end_ratio - self.start_ratio) * done
+        return ramp + (self.top_ratio - self.end_ratio) * done * place
+
+
 @CURRICULA.register("step", aliases=("steps",))
 @dataclass(frozen=True)
 class StepCurriculum(Curriculum):
@@ -190,7 +231,7 @@ def make_curriculum(name: str, **args: Any) -> Curriculum:
 
     Parameters
     ----------
-    name : "fixed", "linear", "cosine", "step" or "adaptive"
+    name : "fixed", "linear", "cosine", "spread", "step" or "adaptive"
     args : the parameters of its class, or keep-ratio spellings of them (`initial_keep_ratio`, `start_keep_ratio`,
         `min_keep_ratio`, `end_keep_ratio`, `keep_ratio`, `keep_ratios`): the fraction that STAYS, in (0, 1]
 

@@ -124,7 +124,7 @@ class ScoreQuantiles:
 
     GRID: ClassVar[int] = 101
 
-    def __init__(self, momentum: float = 0.9) -> None:
+    def __init__(self, momentum: float = 0.7) -> None:
         self.momentum = momentum
         self._values: list[float] | None = None
 
