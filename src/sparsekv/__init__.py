@@ -37,6 +37,13 @@ _EXPORTS = {
     "SlidingWindowPress": "policies.as_press",
     "UniformMiddlePress": "policies.as_press",
     "H2OPress": "policies.as_press",
+    "AdaptiveBlockDropoutPress": "policies.training_presses",
+    "BlockDropoutPress": "policies.training_presses",
+    "EvictionAugPress": "policies.training_presses",
+    "SentenceDropoutPress": "policies.training_presses",
+    "SoftThresholdPress": "policies.training_presses",
+    "SparseRegPress": "policies.training_presses",
+    "VariableBlockDropoutPress": "policies.training_presses",
     "SparseKVError": "errors",
     "ConfigError": "errors",
 }

@@ -12,9 +12,13 @@ import pytest
 from sparsekv import policies
 from sparsekv.errors import ConfigError
 from sparsekv.policies import METHODS, Policy, list_methods, make_policy
-from sparsekv.policies.anchors import AnchorConfig, Anchors
+from sparsekv.policies.adaptive_blocks import AdaptiveBlockDropout
+from sparsekv.policies.anchors import AnchorConfig, Anchors, DynamicAnchors
+from sparsekv.policies.blocks import BlockDropout, VariableBlockDropout
 from sparsekv.policies.ladder import Ladder
 from sparsekv.policies.positional import Full, Random, SinkRecent, SlidingWindow, UniformMiddle
+from sparsekv.policies.sentences import SentenceDropout
+from sparsekv.policies.soft import SoftThreshold
 
 OWN = {
     "full": Full,
@@ -24,6 +28,12 @@ OWN = {
     "sliding_window": SlidingWindow,
     "ladder": Ladder,
     "anchors": Anchors,
+    "dynamic_anchors": DynamicAnchors,
+    "block_dropout": BlockDropout,
+    "variable_block_dropout": VariableBlockDropout,
+    "sentence_dropout": SentenceDropout,
+    "adaptive_block_dropout": AdaptiveBlockDropout,
+    "soft_threshold": SoftThreshold,
 }
 METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -31,7 +41,8 @@ METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 @pytest.mark.parametrize("name", OWN)
 def test_every_own_name_makes_its_policy(name: str) -> None:
     policy = make_policy(name)
-    assert type(policy) is OWN[name] and policy.name == name and policy.route == "tokens"
+    assert type(policy) is OWN[name] and policy.name == name
+    assert policy.route == METHODS.get(name).info.route
 
 
 def test_the_registry_holds_exactly_the_own_methods() -> None:

@@ -20,18 +20,33 @@ from sparsekv.policies.method_info import MethodInfo
 from sparsekv.registry import Registry
 
 if TYPE_CHECKING:
-    from sparsekv.policies.anchors import AnchorConfig, Anchors, AnchorSelector, build_kv_mask_from_anchors
+    from sparsekv.policies.adaptive_blocks import AdaptiveBlockDropout
+    from sparsekv.policies.anchors import (
+        AnchorConfig,
+        Anchors,
+        AnchorSelector,
+        DynamicAnchors,
+        build_kv_mask_from_anchors,
+    )
+    from sparsekv.policies.augment import EvictionAug
     from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, Policy, TokenPolicy
+    from sparsekv.policies.blocks import BlockDropout, VariableBlockDropout
     from sparsekv.policies.ladder import Ladder
     from sparsekv.policies.positional import Full, Random, SinkRecent, SlidingWindow, UniformMiddle
+    from sparsekv.policies.sentences import SentenceDropout
     from sparsekv.policies.simple_evict import SimpleEvictConfig, build_simple_keep_token_idx
+    from sparsekv.policies.soft import SoftThreshold
 
 __all__ = [
     "METHODS",
+    "AdaptiveBlockDropout",
     "AnchorConfig",
     "AnchorSelector",
     "Anchors",
+    "BlockDropout",
     "Budget",
+    "DynamicAnchors",
+    "EvictionAug",
     "Full",
     "Ladder",
     "LayerPolicy",
@@ -40,11 +55,14 @@ __all__ = [
     "NativePolicy",
     "Policy",
     "Random",
+    "SentenceDropout",
     "SimpleEvictConfig",
     "SinkRecent",
     "SlidingWindow",
+    "SoftThreshold",
     "TokenPolicy",
     "UniformMiddle",
+    "VariableBlockDropout",
     "build_kv_mask_from_anchors",
     "build_simple_keep_token_idx",
     "list_methods",
@@ -52,6 +70,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaptiveBlockDropout": "adaptive_blocks",
+    "DynamicAnchors": "anchors",
+    "EvictionAug": "augment",
+    "BlockDropout": "blocks",
+    "VariableBlockDropout": "blocks",
+    "SentenceDropout": "sentences",
+    "SoftThreshold": "soft",
     "AnchorConfig": "anchors",
     "AnchorSelector": "anchors",
     "Anchors": "anchors",
@@ -147,6 +172,9 @@ def _fields(made: Any) -> list[str]:
 METHODS: Registry[OwnMethod] = Registry("method")
 """This package's own methods by name; kvpress's stand in `presses.py`. `make_policy` knows both."""
 
+_PROTECTED = (("protect_start", "n_sink"), ("protect_recent", "n_recent"), ("recent", "n_recent"))
+"""Spellings of the entries that always stay, as training presses take them too."""
+
 _OWN = (
     OwnMethod(
         MethodInfo(
@@ -225,6 +253,73 @@ _OWN = (
         "anchors:Anchors",
         nested="config=anchors:AnchorConfig",
         spellings=(("n_sink", "sink_size"), ("n_recent", "recent_size")),
+    ),
+    OwnMethod(
+        MethodInfo(
+            "dynamic_anchors",
+            route="scores",
+            idea="Keeps fixed anchors (sinks, recent, text) and fills the budget with a scorer's best entries.",
+            cost="the inner method's scores",
+            when="A scorer's choices with a floor under them.",
+        ),
+        "anchors:DynamicAnchors",
+        nested="config=anchors:PlaceAnchorConfig",
+        spellings=(("n_sink", "sink_size"), ("n_recent", "recent_size")),
+    ),
+    OwnMethod(
+        MethodInfo(
+            "block_dropout",
+            route="tokens",
+            idea="Random blocks of one size leave; sinks and recent tokens stay.",
+            cost="a random number per block",
+            when="To train under eviction, and to see what such training gained.",
+        ),
+        "blocks:BlockDropout",
+        spellings=_PROTECTED,
+    ),
+    OwnMethod(
+        MethodInfo(
+            "variable_block_dropout",
+            route="tokens",
+            idea="Random blocks of random length leave; sinks and recent tokens stay.",
+            cost="a random number per block",
+            when="As block_dropout, without a grid that a model could learn.",
+        ),
+        "blocks:VariableBlockDropout",
+        spellings=_PROTECTED,
+    ),
+    OwnMethod(
+        MethodInfo(
+            "sentence_dropout",
+            route="tokens",
+            idea="Random whole sentences leave, in any script, code and lists.",
+            cost="a table look-up per token",
+            when="To train on losses that follow the text's own seams.",
+        ),
+        "sentences:SentenceDropout",
+        spellings=_PROTECTED,
+    ),
+    OwnMethod(
+        MethodInfo(
+            "adaptive_block_dropout",
+            route="scores",
+            idea="Blocks leave at random, those with little attention or much of their own on the sinks more often.",
+            cost="attention of the last window and of a few queries per block",
+            when="To train between random dropout and a real method.",
+        ),
+        "adaptive_blocks:AdaptiveBlockDropout",
+        spellings=_PROTECTED,
+    ),
+    OwnMethod(
+        MethodInfo(
+            "soft_threshold",
+            route="scores",
+            idea="Keeps what got the most attention for its place, or the most learned relevance; trained softly.",
+            cost="attention of the last window only, or one small predictor",
+            when="To let gradients reach the scores in training; hard at inference.",
+        ),
+        "soft:SoftThreshold",
+        spellings=_PROTECTED,
     ),
 )
 

@@ -7,16 +7,17 @@ anchor     ■   ⬚   ⬚   ⬚  ■  ⬚   ■    ■      (sink_size 1, recen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.policies.base import TokenPolicy, TokenRow
+from sparsekv.policies.base import LayerContext, LayerPolicy, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.picks import drawn, evenly, row_generator
-from sparsekv.policies.sizes import check_size, total_beside
+from sparsekv.policies.sizes import check_size, refuse_budget, require_budget, total_beside
 from sparsekv.policies.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,14 @@ class AnchorConfig:
     def reads_text(self) -> bool:
         """True if a tokenizer is needed."""
         return self.use_special or self.use_punctuation
+
+
+@dataclass(frozen=True)
+class PlaceAnchorConfig(AnchorConfig):
+    """An AnchorConfig that looks at places alone unless told otherwise: sinks and recent tokens."""
+
+    use_special: bool = False
+    use_punctuation: bool = False
 
 
 class AnchorSelector:
@@ -157,6 +166,19 @@ def build_kv_mask_from_anchors(
     return AnchorSelector(config, tokenizer).select(input_ids, attention_mask)
 
 
+def most_important(kinds: dict[str, Tensor], limit: int) -> Tensor:
+    """BoolTensor [n]: the anchors, at most `limit`, in the order of KINDS, the latest first within a kind.
+
+    `kinds` are those of `AnchorSelector.kinds`.
+    """
+    kept = torch.zeros_like(kinds[KINDS[0]])
+    for kind in KINDS:
+        latest = (kinds[kind] & ~kept).nonzero().flatten().flip(0)[:limit]
+        kept[latest] = True
+        limit -= latest.numel()
+    return kept
+
+
 @dataclass(frozen=True)
 class Anchors(TokenPolicy):
     """Keeps the anchors of the text (AnchorConfig) in every layer and head.
@@ -170,33 +192,54 @@ class Anchors(TokenPolicy):
     config : AnchorConfig
     fill : "recent", "uniform" or "random"
         Which other tokens fill a budget: the latest, evenly spread ones, or drawn ones.
+    random_fraction : float in [0, 1]
+        Without a budget: how many of the tokens that are no anchors stay too, drawn at random (at least one if over
+        0). Beside a budget it is an error; there fill="random" draws the others.
     seed : int
-        For "random", together with the row's own seed.
+        For what is drawn, together with the row's own seed.
     """
 
     config: AnchorConfig = field(default_factory=AnchorConfig)
     fill: Fill = "recent"
+    random_fraction: float = 0.0
     seed: int = 0
     name = "anchors"
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
             raise unknown("fill", self.fill, FILLS)
+        fraction = self.random_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise ConfigError(f"anchors: random_fraction must be in [0, 1], got {fraction!r}")
+
+    @property
+    def reads_text(self) -> bool:
+        """True if special tokens or punctuation count."""
+        return self.config.reads_text
 
     def keep_row(self, row: TokenRow, budget: Budget) -> Tensor:
         """BoolTensor [1, 1, n]."""
         kinds = AnchorSelector(self.config, row.context.tokenizer).kinds(row.ids)
-        kept = torch.zeros(row.n, dtype=torch.bool, device=row.ids.device)
         if not budget.given:
-            return torch.stack(list(kinds.values())).any(dim=0)[None, None]
-        left = total_beside("anchors", budget, row.n, sink_size=self.config.n_sink)
-        for kind in KINDS:
-            latest = (kinds[kind] & ~kept).nonzero().flatten().flip(0)[:left]
-            kept[latest] = True
-            left -= latest.numel()
+            kept = torch.stack(list(kinds.values())).any(dim=0)
+            others = (~kept).nonzero().flatten()
+            kept[others[self._others(int(others.numel()), row.seed).to(others.device)]] = True
+            return kept[None, None]
+        if self.random_fraction:
+            refuse_budget("anchors", budget, f"random_fraction={self.random_fraction}")
+        total = total_beside("anchors", budget, row.n, sink_size=self.config.n_sink)
+        kept = most_important(kinds, total)
         free = (~kept).nonzero().flatten()
+        left = total - int(kept.sum())
         kept[free[self._filling(int(free.numel()), left, row.seed).to(free.device)]] = True
         return kept[None, None]
+
+    def _others(self, n: int, row_seed: int) -> Tensor:
+        """LongTensor: which of the n tokens that are no anchors stay beside them, without a budget."""
+        if not self.random_fraction:
+            return torch.zeros(0, dtype=torch.long)
+        stay = Budget(compression_ratio=1 - self.random_fraction).n_kept(n)
+        return drawn((n,), stay, row_generator(self.seed, row_seed))
 
     def _filling(self, n: int, k: int, row_seed: int) -> Tensor:
         """LongTensor [k]: which of the n tokens that are no anchors fill the budget."""
@@ -205,3 +248,71 @@ class Anchors(TokenPolicy):
         if self.fill == "random":
             return drawn((n,), k, row_generator(self.seed, row_seed))
         return torch.arange(n - k, n)
+
+
+@dataclass(frozen=True)
+class DynamicAnchors(LayerPolicy):
+    """Keeps fixed anchors, and fills the budget with the entries that a scoring method likes best.
+
+    If there are more anchors than the budget, they are kept as in `Anchors`, and nothing else. Anchors are the same in
+    every head; under a budget of scope "layer" or "model" heads differ in the rest.
+
+    Parameters
+    ----------
+    config : AnchorConfig
+        By default sinks and recent tokens only. Special tokens and punctuation need the text of the entries, which a
+        layer is given where the framework passes it on (`LayerContext.ids` and `tokenizer`).
+    method : str
+        A method that scores entries inside a layer: "h2o", "snapkv", "knorm", "relevance", ...
+
+    Raises
+    ------
+    ConfigError
+        When it is asked, if the method has no scores or the text is missing.
+    """
+
+    config: AnchorConfig = field(
+        default_factory=lambda: AnchorConfig(use_special=False, use_punctuation=False)
+    )
+    method: str = "h2o"
+    name = "dynamic_anchors"
+    ratio_free = False
+
+    @property
+    def reads_text(self) -> bool:
+        """True if special tokens or punctuation count."""
+        return self.config.reads_text
+
+    def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """The method's scores, FloatTensor [B, H, T]; inf for anchors."""
+        require_budget(self.name, budget)
+        total = total_beside(self.name, budget, ctx.keys.shape[2], sink_size=self.config.n_sink)
+        scores = _scorer(self.method).score_layer(ctx, budget)
+        anchors = torch.stack([most_important(kinds, total) for kinds in self._kinds(ctx)])
+        return scores.masked_fill(anchors[:, None].to(scores.device), torch.inf)
+
+    def _kinds(self, ctx: LayerContext) -> list[dict[str, Tensor]]:
+        """`AnchorSelector.kinds` of every row."""
+        ids = ctx.ids
+        if ids is None:
+            if self.config.reads_text:
+                raise ConfigError(
+                    f"{self.name}: special tokens and punctuation need the text of the entries, and this layer was "
+                    "given none; set use_special=False and use_punctuation=False"
+                )
+            ids = torch.zeros(ctx.keys.shape[0], ctx.keys.shape[2], dtype=torch.long)
+        selector = AnchorSelector(self.config, ctx.tokenizer)
+        return [selector.kinds(row) for row in ids]
+
+
+@lru_cache(maxsize=16)
+def _scorer(method: str) -> LayerPolicy:
+    """The scoring method of that name."""
+    from sparsekv.policies import make_policy
+
+    policy = make_policy(method)
+    if not isinstance(policy, LayerPolicy) or not policy.scored:
+        raise ConfigError(
+            f"dynamic_anchors: method {method!r} has no scores; give one that has, such as 'h2o'"
+        )
+    return policy

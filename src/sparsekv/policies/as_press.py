@@ -135,7 +135,7 @@ class PolicyPress(BasePress):
 
     def post_init_from_model(self, model: Any) -> None:
         """Load the tokenizer where the policy needs one and none was given."""
-        if self.reads_ids and self.tokenizer is None and self.policy.name == "anchors":
+        if self.reads_ids and self.tokenizer is None and self.policy.reads_text:
             from transformers import AutoTokenizer
 
             path = model.config.name_or_path
@@ -177,6 +177,9 @@ class PolicyPress(BasePress):
             values=values,
             position_embeddings=kwargs["position_embeddings"],
             cache_position=kwargs["cache_position"],
+            seed=self.seed,
+            ids=self._ids if self._ids is not None and self._ids.shape[1] == keys.shape[2] else None,
+            tokenizer=self.tokenizer,
         )
         if self.scope == "model":
             self._scores[layer] = self.policy.score_layer(ctx, self.budget())

@@ -9,13 +9,53 @@ is ever held for more than one block of queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
+
+
+def attention_weights(
+    module: nn.Module,
+    hidden_states: Tensor,
+    keys: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    columns: Tensor,
+) -> Tensor:
+    """The weights that some queries give to entries: a causal softmax over those entries.
+
+    Parameters
+    ----------
+    module : the attention module (its query projection and `scaling` are used)
+    hidden_states : FloatTensor [B, Q, hidden]
+        Input to the layer, of the observing tokens.
+    keys : FloatTensor [B, H, T, D]
+        RoPE applied, in order of position.
+    position_embeddings : (cos, sin), each [B or 1, Q, rotary size]
+    columns : LongTensor [Q]
+        Place of each observing token among the T entries; it sees those up to its own.
+
+    Returns
+    -------
+    FloatTensor [B, H, G, Q, T], fp32; gradients flow to hidden states and keys.
+    """
+    from kvpress.utils import get_prerope_query_states
+
+    batch, n_kv_heads, total, width = keys.shape
+    n_query = hidden_states.shape[1]
+    scaling = getattr(module, "scaling", None) or width**-0.5
+    query = _rotate(get_prerope_query_states(module, hidden_states), *position_embeddings)
+    groups = query.shape[1] // n_kv_heads
+    folded = query.reshape(batch, n_kv_heads, groups * n_query, width)
+    logits = (folded @ keys.transpose(2, 3)) * scaling
+    future = torch.arange(total, device=keys.device) > columns[:, None]
+    logits = logits.view(batch, n_kv_heads, groups, n_query, total).masked_fill(future, float("-inf"))
+    return logits.softmax(-1, dtype=torch.float32)
 
 
 def observed_attention(
@@ -24,6 +64,8 @@ def observed_attention(
     keys: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     block_size: int = 128,
+    *,
+    differentiable: bool = False,
 ) -> Tensor:
     """Mean attention weight that each entry receives from the queries that can see it.
 
@@ -37,36 +79,75 @@ def observed_attention(
     position_embeddings : (cos, sin), each [B or 1, Q, rotary size]
     block_size : int >= 1
         Queries per block; a block holds B * H * G * block_size * T fp32 weights.
+    differentiable : bool
+        True: gradients flow to keys, hidden states and the query projection. The weights of a block are computed
+        again in the backward pass, so that no more than one block is held there either.
 
     Returns
     -------
     FloatTensor [B, H, T], fp32
         Averaged over the G query heads of each kv head. Higher = keep.
     """
-    from kvpress.utils import get_prerope_query_states
-
-    batch, n_kv_heads, total, width = keys.shape
-    n_query = hidden_states.shape[1]
-    scaling = getattr(module, "scaling", None) or width**-0.5
+    total, n_query = keys.shape[2], hidden_states.shape[1]
     cos, sin = position_embeddings
     column = torch.arange(total, device=keys.device)
-    received = torch.zeros(batch, n_kv_heads, total, dtype=torch.float32, device=keys.device)
-    groups = 1
-    with torch.no_grad():
+    received = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         for start in range(0, n_query, block_size):
             stop = min(start + block_size, n_query)
             seen = total - n_query + stop  # later entries are in the future of the whole block
-            query = get_prerope_query_states(module, hidden_states[:, start:stop])
-            query = _rotate(query, cos[:, start:stop], sin[:, start:stop])
-            groups = query.shape[1] // n_kv_heads
-            folded = query.reshape(batch, n_kv_heads, groups * (stop - start), width)
-            logits = (folded @ keys[:, :, :seen].transpose(2, 3)) * scaling
-            logits = logits.view(batch, n_kv_heads, groups, stop - start, seen)
-            own = total - n_query + torch.arange(start, stop, device=keys.device)
-            logits.masked_fill_(column[:seen] > own[:, None], float("-inf"))
-            received[..., :seen] += logits.softmax(-1, dtype=torch.float32).sum((2, 3))
-    n_observers = (total - column).clamp(max=n_query)
-    return received / (n_observers * groups)
+            block = (
+                module,
+                hidden_states[:, start:stop],
+                keys[:, :, :seen],
+                (cos[:, start:stop], sin[:, start:stop]),
+                column[total - n_query + start : seen],
+            )
+            if torch.is_grad_enabled():
+                share = checkpoint(_mean_of_group, *block, use_reentrant=False)
+            else:
+                share = _mean_of_group(*block)
+            received = received + nn.functional.pad(share, (0, total - seen))
+    return received / (total - column).clamp(max=n_query)
+
+
+def _mean_of_group(*block: Any) -> Tensor:
+    """FloatTensor [B, H, T]: weights of a block summed over its queries, averaged over a group's query heads."""
+    weights = attention_weights(*block)
+    return weights.sum((2, 3)) / weights.shape[2]
+
+
+def attention_over_uniform(
+    ctx: LayerContext, window: int | None, block_size: int = 128, *, differentiable: bool = False
+) -> Tensor:
+    """Attention that each entry receives, as a multiple of what it would get if queries looked everywhere alike.
+
+    Parameters
+    ----------
+    ctx : LayerContext
+    window : int >= 1, optional
+        Only the newest `window` queries observe. None: all of this forward.
+    block_size, differentiable
+        As in `observed_attention`.
+
+    Returns
+    -------
+    FloatTensor [B, H, T], fp32: 1 = as much as under uniform attention.
+    """
+    total, n_query = ctx.keys.shape[2], ctx.hidden_states.shape[1]
+    n_query = n_query if window is None else min(window, n_query)
+    cos, sin = ctx.position_embeddings
+    received = observed_attention(
+        ctx.module,
+        ctx.hidden_states[:, -n_query:],
+        ctx.keys,
+        (cos[:, -n_query:], sin[:, -n_query:]),
+        block_size,
+        differentiable=differentiable,
+    )
+    of_query = 1.0 / torch.arange(total - n_query + 1, total + 1, device=received.device)
+    later = of_query.flip(0).cumsum(0).flip(0) / torch.arange(n_query, 0, -1, device=received.device)
+    return received / torch.cat([later[:1].expand(total - n_query), later])
 
 
 def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

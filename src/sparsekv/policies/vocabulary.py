@@ -1,4 +1,4 @@
-"""What a tokenizer's tokens are: special, punctuation, or a piece of a character. Decoded once each."""
+"""What a tokenizer's tokens are: special, punctuation, a piece of a character, or text. Decoded once each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ _UNSEEN, _OTHER, _PUNCTUATION, _PIECE = -1, 0, 1, 2
 
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
+
+_SPACE = "\u2581"
+"""How SentencePiece writes a space inside a token."""
 
 _MAX_PIECES = 8
 """A character has at most 4 bytes, but a piece may end one character and begin the next: allow a chain."""
@@ -43,7 +46,8 @@ class Vocabulary:
         self.special_ids = torch.tensor(sorted(added | set(tokenizer.all_special_ids)), dtype=torch.long)
         self.extra_punctuation = extra_punctuation
         self._kind = torch.full((len(tokenizer),), _UNSEEN, dtype=torch.int8)
-        self._joined: dict[tuple[int, ...], bool | None] = {}
+        self._joined: dict[tuple[int, ...], str | None] = {}
+        self._text: dict[int, str] = {}
 
     def special(self, ids: Tensor) -> Tensor:
         """BoolTensor [n] on the CPU: the special tokens among `ids` [n]."""
@@ -62,10 +66,41 @@ class Vocabulary:
             if end is None:
                 i += 1
                 continue
-            if self._joined[tuple(sequence[i:end])]:
+            if is_punctuation(self._joined[tuple(sequence[i:end])] or "", self.extra_punctuation):
                 found[i:end] = True
             i = end
         return found
+
+    def texts(self, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What each token of `ids` [n] adds to the text: joined, they are the text, leading spaces included.
+
+        Of a character split over several tokens the last one holds it and the others are empty; bytes that are no
+        whole character are a replacement character each.
+        """
+        ids = ids.cpu()
+        piece = (self._kinds(ids, tokenizer) == _PIECE).tolist()
+        sequence = ids.tolist()
+        found = []
+        i = 0
+        while i < len(sequence):
+            end = self._character_end(sequence, piece, i, tokenizer) if piece[i] else None
+            if end is None:
+                found.append(_REPLACEMENT if piece[i] else self._spelled(sequence[i], tokenizer))
+                i += 1
+                continue
+            found += [""] * (end - i - 1) + [self._joined[tuple(sequence[i:end])] or ""]
+            i = end
+        return found
+
+    def _spelled(self, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of a token that is no piece of a character."""
+        if token not in self._text:
+            text = _decode(tokenizer, [token])
+            raw = tokenizer.convert_ids_to_tokens(token)
+            # Some decoders strip the space from what they take for the start of a text.
+            lost = isinstance(raw, str) and raw.startswith(_SPACE) and not text.startswith(" ")
+            self._text[token] = " " + text if lost else text
+        return self._text[token]
 
     def _kinds(self, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Int8Tensor [n]: the kind of each token taken alone."""
@@ -88,8 +123,7 @@ class Vocabulary:
     ) -> int | None:
         """End of the shortest run of pieces from `start` that spells whole characters, None if there is none.
 
-        What it spells is left in `_joined`: True for punctuation, False for anything else, None for broken
-        bytes.
+        What it spells is left in `_joined`, None for broken bytes.
         """
         for end in range(start + 2, min(start + _MAX_PIECES, len(sequence)) + 1):
             if not piece[end - 1]:
@@ -98,7 +132,7 @@ class Vocabulary:
             if run not in self._joined:
                 text = _decode(tokenizer, list(run))
                 whole = _REPLACEMENT not in text
-                self._joined[run] = is_punctuation(text, self.extra_punctuation) if whole else None
+                self._joined[run] = text if whole else None
             if self._joined[run] is not None:
                 return end
         return None
