@@ -36,6 +36,7 @@ _EXPORTS = {
     "SinkRecentPress": "policies.as_press",
     "SlidingWindowPress": "policies.as_press",
     "UniformMiddlePress": "policies.as_press",
+    "RelevancePress": "relevance.press",
     "H2OPress": "policies.as_press",
     "AdaptiveBlockDropoutPress": "policies.training_presses",
     "BlockDropoutPress": "policies.training_presses",

@@ -120,9 +120,19 @@ def row_contexts(
             values=values[None, :, start:],
             position_embeddings=(cos[spot : spot + 1, first:], sin[spot : spot + 1, first:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
+            seed=cache.seeds[row] if cache.seeds else 0,
+            ids=_ids_of(cache, row, columns[:, start:]),
+            tokenizer=cache.tokenizer,
         )
         contexts.append((ctx, columns[:, start:]))
     return contexts
+
+
+def _ids_of(cache: SparseCache, row: int, columns: Tensor) -> Tensor | None:
+    """LongTensor [1, n]: the text of a row's stored entries; None where ids are unknown or heads store different ones."""
+    if cache.ids is None or bool((columns != columns[:1]).any()):
+        return None
+    return cache.ids[row].to(columns.device).long()[columns[:1]]
 
 
 def kept_by_layer(
@@ -145,7 +155,7 @@ def kept_by_layer(
         if keeps_everything(use, columns.shape[1]):
             kept[row].scatter_(-1, columns, True)
             continue
-        if policy.scored and use.scope != "model":
+        if policy.scored and use.given and use.scope != "model":
             chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
         else:
             chosen = policy.keep_layer(ctx, use)[0]

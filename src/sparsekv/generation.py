@@ -141,7 +141,8 @@ def compress(
     if not remember:
         for _, layer in cache.sparse_layers():
             layer.recent_inputs = None
-    if not (isinstance(policy, TokenPolicy) and policy.needs_ids and phase != "prefill"):
+    needs_ids = policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text
+    if phase == "prefill" or not needs_ids:
         cache.ids = None
     cache.decode = DecodeEviction(policy, budget, every) if phase != "prefill" else None
     cache.check_attention()

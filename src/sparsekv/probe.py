@@ -108,7 +108,7 @@ def prefill(
     prepare(model)
     config = architecture.text_config(model)
     cache = SparseCache(config)
-    cache.tokenizer, cache.seeds = tokenizer, (seed,)
+    cache.tokenizer, cache.seeds, cache.ids = tokenizer, (seed,), input_ids.to(torch.int32)
     by_layer = [r for r in requests if isinstance(r.policy, LayerPolicy)]
     n_layers, length = architecture.num_layers(model), input_ids.shape[1]
     heads = architecture.num_kv_heads(model)
@@ -129,7 +129,7 @@ def prefill(
             policy, begin = request.policy, time.perf_counter()
             if not isinstance(policy, LayerPolicy) or keeps_everything(request.budget, length):
                 continue
-            if not policy.scored:
+            if not policy.scored or not request.budget.given:
                 kept[request.key][0, index] = policy.keep_layer(ctx, request.budget)[0].cpu()
                 spent[request.key] += time.perf_counter() - begin
                 continue
@@ -153,6 +153,7 @@ def prefill(
     with after_each_layer(model, score):
         run_decoder(model, input_ids, cache, None)
     elapsed = time.perf_counter() - begin - overhead
+    cache.ids = None
 
     selections: dict[Hashable, Selection] = {}
     context = TokenContext.of_model(config, input_ids, tokenizer=tokenizer, seeds=(seed,))

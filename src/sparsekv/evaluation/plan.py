@@ -133,7 +133,7 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 )
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
-        elif isinstance(policy, LayerPolicy) and policy.scored and not setting.budget.given:
+        elif isinstance(policy, LayerPolicy) and policy.scored and not policy.own_sizes and not setting.budget.given:
             raise ConfigError(f"{name} needs a budget; give {advice.budget}")
 
 

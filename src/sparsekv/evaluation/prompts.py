@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.benchmarks.base import Example
+from sparsekv.benchmarks.chat import split_template
 from sparsekv.benchmarks.scoring import PERPLEXITY
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.advice import CONFIG, Advice
@@ -70,28 +71,6 @@ class Prompt:
             digest.update(ids.to(torch.int64).numpy().tobytes())
             digest.update(b"|")
         return digest.hexdigest()
-
-
-def split_template(tokenizer: Any, content: str) -> tuple[str, str]:
-    """The text before and after the end of a user message with `content`: (template + content, rest of the
-    template).
-
-    Without a chat template: the bos token and the content, and a line break (kvpress's rule). Thinking is
-    off in templates that know it.
-    """
-    if tokenizer.chat_template is None:
-        return (tokenizer.bos_token or "") + content, "\n"
-    separator = "#" * (len(content) + 10)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content + separator}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
-    before, found, after = text.partition(separator)
-    if not found:
-        raise ConfigError("the tokenizer's chat template does not contain the user's message")
-    return before, after
 
 
 def assemble(

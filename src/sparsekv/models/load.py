@@ -9,6 +9,7 @@ from sparsekv.architecture import check_supported
 from sparsekv.errors import ConfigError
 from sparsekv.models.locate import ModelSource, locate_model
 from sparsekv.models.placement import resolve_device, resolve_dtype
+from sparsekv.relevance import RELEVANCE_FILE, load_relevance
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ def load_model(
             presses need. False returns a `PeftModel` that keeps the adapter apart, in float32.
 
     Returns:
-        The model in eval mode, and its tokenizer (left padding, with a pad token).
+        The model in eval mode, and its tokenizer (left padding, with a pad token). Relevance predictors that lie
+        beside the adapter or the model (relevance.safetensors) are attached.
 
     Raises:
         ConfigError: an unknown name, an incomplete folder, an adapter that does not fit, an unsupported
@@ -84,6 +86,10 @@ def load_model(
         model = model.to(place)
     if source.adapter is not None:
         model = add_adapter(model, source.adapter, name=name, merge=merge_adapter)
+    for folder in (source.adapter, source.path):
+        if folder is not None and (Path(folder) / RELEVANCE_FILE).is_file():
+            load_relevance(model, folder)
+            break
     return model.eval(), _load_tokenizer(name, source, trust_remote_code)
 
 

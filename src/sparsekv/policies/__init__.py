@@ -162,7 +162,9 @@ class OwnMethod:
 
 def _load(home: str) -> Any:
     module, _, attribute = home.partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), attribute)
+    # A policy may live above this package: its name is known here, its module only when it is asked for.
+    place = module if module.startswith("sparsekv.") else f"{__name__}.{module}"
+    return getattr(import_module(place), attribute)
 
 
 def _fields(made: Any) -> list[str]:
@@ -320,6 +322,19 @@ _OWN = (
         ),
         "soft:SoftThreshold",
         spellings=_PROTECTED,
+    ),
+)
+
+_OWN += (
+    OwnMethod(
+        MethodInfo(
+            "relevance",
+            route="scores",
+            idea="Keeps what predictors, trained along with the model, score highest from each token's hidden state.",
+            cost="one small matrix product per layer",
+            when="With a model or adapter that brings relevance.safetensors; best with budget_scope model.",
+        ),
+        "sparsekv.relevance.policy:Relevance",
     ),
 )
 

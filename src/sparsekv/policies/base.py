@@ -223,6 +223,9 @@ class LayerPolicy(Policy):
     scored: ClassVar[bool] = True
     """True if `score_layer` exists: then budgets over a layer or the whole model are possible."""
 
+    own_sizes: ClassVar[bool] = False
+    """True if the policy decides without a budget too, by a threshold of its own."""
+
     ratio_free: bool = True
     """True if the scores do not depend on the budget, so one scoring serves all ratios."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+RELEVANCE_FILE = "relevance.safetensors"
+"""Where a folder keeps its predictors."""
+
 _HOME = {
     "RelevanceConfig": "predictor",
     "RelevancePredictor": "predictor",
@@ -12,12 +15,13 @@ _HOME = {
     "detach_relevance": "predictor",
     "has_relevance": "predictor",
     "relevance_modules": "predictor",
-    "RELEVANCE_FILE": "files",
+    "Relevance": "policy",
+    "RelevancePress": "press",
     "load_relevance": "files",
     "save_relevance": "files",
 }
 
-__all__ = sorted(_HOME)
+__all__ = ["RELEVANCE_FILE", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
+from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
@@ -17,8 +18,6 @@ from sparsekv.relevance.predictor import (
     has_relevance,
     relevance_modules,
 )
-
-RELEVANCE_FILE = "relevance.safetensors"
 
 
 def save_relevance(model: Any, folder: str | Path) -> Path:

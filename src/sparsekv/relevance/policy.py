@@ -34,7 +34,7 @@ class Relevance(LayerPolicy):
     n_recent: int = 16
     threshold: float = 0.0
     name = "relevance"
-    own_threshold: ClassVar[bool] = True
+    own_sizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_size(self.name, "n_sink", self.n_sink)

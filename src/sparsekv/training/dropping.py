@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsekv import architecture
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.plan import Dropping, Observer, SelectionPlan
 from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow
@@ -132,15 +131,7 @@ def _select(
     tokenizer: Any,
 ) -> Selection:
     """A token policy's Selection over the padded columns."""
-    context = TokenContext(
-        input_ids=input_ids,
-        attention_mask=mask,
-        n_layers=architecture.num_layers(model),
-        n_kv_heads=architecture.num_kv_heads(model),
-        compressible=tuple(architecture.compressible_layers(model)),
-        tokenizer=tokenizer,
-        seeds=tuple(seeds),
-    )
+    context = TokenContext.of_model(model, input_ids, mask, tokenizer=tokenizer, seeds=tuple(seeds))
     rows = []
     total = input_ids.shape[1]
     for row, seed in enumerate(seeds):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from sparsekv.errors import ConfigError
 from sparsekv.plan import SelectionPlan
 from sparsekv.registry import Registry
+from sparsekv.training.data_layout import IGNORED
 from sparsekv.training.dropping import seed_of
 from sparsekv.training.linear_loss import Head, token_losses
 
-IGNORED = -100
 REPEATED = "repeated"
 """Batch key: BoolTensor [B, T], True at the tokens that a ReconstructionObjective appended and scores."""
 

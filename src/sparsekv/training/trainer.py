@@ -41,6 +41,7 @@ from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.curricula import FixedCurriculum
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.data_layout import IGNORED
 from sparsekv.training.dropping import (
     DroppingConfig,
     achieved_compression,
@@ -50,7 +51,7 @@ from sparsekv.training.dropping import (
     seed_of,
 )
 from sparsekv.training.meter import Meter
-from sparsekv.training.objectives import IGNORED, EITObjective, Objective, StandardLMObjective
+from sparsekv.training.objectives import EITObjective, Objective, StandardLMObjective
 from sparsekv.training.output import (
     load_curriculum,
     write_atomically,
@@ -142,6 +143,11 @@ class SparseKVTrainer(Trainer):
         self.policy: Policy | None = None if press is None else policy_of(press)
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
+        # A press that was given no ratio, and no curriculum to set one, decides by sizes of its own.
+        budget = press.budget() if curriculum is None and hasattr(press, "budget") else None
+        self.own_budget: Budget | None = (
+            None if budget is None or budget.compression_ratio is not None else budget
+        )
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
@@ -265,7 +271,7 @@ class SparseKVTrainer(Trainer):
         """
         plain = self.accelerator.unwrap_model(self.model)
         seeds = inputs[SEEDS].tolist()
-        budget = Budget(compression_ratio=ratio, scope=self.scope)
+        budget = self.own_budget or Budget(compression_ratio=ratio, scope=self.scope)
         if isinstance(policy, Relevance):
             budget = Budget()
         plan = make_plan(
