@@ -129,7 +129,7 @@ def row_contexts(
 
 
 def _ids_of(cache: SparseCache, row: int, columns: Tensor) -> Tensor | None:
-    """LongTensor [1, n]: the text of a row's stored entries; None where ids are unknown or heads store different ones."""
+    """LongTensor [1, n]: the text of a row's stored entries; None if ids are unknown, or heads differ."""
     if cache.ids is None or bool((columns != columns[:1]).any()):
         return None
     return cache.ids[row].to(columns.device).long()[columns[:1]]

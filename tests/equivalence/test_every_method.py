@@ -16,6 +16,7 @@ from sparsekv.policies.base import ModelPolicy, TokenContext
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.press_table import needs_hub
 from sparsekv.policies.presses import KVPRESS_METHODS, parse_method
+from sparsekv.relevance import attach_relevance
 from sparsekv.selection import NEVER, Selection
 from toy import FAMILIES, tiny_model, toy_tokenizer
 
@@ -51,7 +52,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def model_of(family: str):
-    return prepare(tiny_model(family, num_hidden_layers=3))
+    return attach_relevance(prepare(tiny_model(family, num_hidden_layers=3)))  # for the method of that name
 
 
 @pytest.mark.parametrize("name", methods())

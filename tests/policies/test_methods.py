@@ -19,6 +19,7 @@ from sparsekv.policies.ladder import Ladder
 from sparsekv.policies.positional import Full, Random, SinkRecent, SlidingWindow, UniformMiddle
 from sparsekv.policies.sentences import SentenceDropout
 from sparsekv.policies.soft import SoftThreshold
+from sparsekv.relevance import Relevance
 
 OWN = {
     "full": Full,
@@ -34,6 +35,7 @@ OWN = {
     "sentence_dropout": SentenceDropout,
     "adaptive_block_dropout": AdaptiveBlockDropout,
     "soft_threshold": SoftThreshold,
+    "relevance": Relevance,
 }
 METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 

@@ -111,7 +111,7 @@ class OwnMethod:
     ----------
     info : MethodInfo
     policy : str
-        "module:class" under `sparsekv.policies`, loaded on the first call.
+        "module:class" under `sparsekv.policies` (or a full name), loaded on the first call.
     nested : str
         "field=module:class" of a parameter that is itself a config; its fields may be given directly.
     spellings : tuple of (str, str)
@@ -323,9 +323,6 @@ _OWN = (
         "soft:SoftThreshold",
         spellings=_PROTECTED,
     ),
-)
-
-_OWN += (
     OwnMethod(
         MethodInfo(
             "relevance",
