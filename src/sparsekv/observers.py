@@ -71,11 +71,14 @@ class AttentionSparsity:
     n_queries : int >= 1, optional
         Per row; None: every query, exactly.
     seeds : one int per row
+    weights : one number >= 0 per row, optional
+        Of the mean over rows; by default all count the same.
     """
 
     kind: Literal["entropy", "l1"] = "entropy"
     n_queries: int | None = 64
     seeds: Sequence[int] = (0,)
+    weights: Sequence[float] | None = None
     name: str = "sparsity"
 
     def __post_init__(self) -> None:
@@ -97,7 +100,10 @@ class AttentionSparsity:
                 values.append(-(p * p.clamp_min(1e-30).log()).sum(-1).mean())
             else:
                 values.append((p.sum(-1) / p.square().sum(-1).clamp_min(1e-12).sqrt()).mean())
-        return torch.stack(values).mean()
+        if self.weights is None:
+            return torch.stack(values).mean()
+        weights = torch.tensor(self.weights, device=values[0].device)
+        return (weights * torch.stack(values)).sum() / weights.sum().clamp_min(1e-12)
 
     def _columns(self, seen: Seen, row: int, start: int) -> Tensor:
         total, device = seen.query.shape[2], seen.query.device

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparsekv.errors import ConfigError
 from sparsekv.masked import Boundary
-from sparsekv.policies.base import LayerContext, LayerPolicy
+from sparsekv.policies.base import LayerContext, LayerPolicy, Policy
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
 
@@ -69,6 +69,19 @@ class Observer(Protocol):
         ...
 
 
+def budget_for(policy: Policy, budget: Budget, n: int) -> Budget:
+    """The budget of a context of `n` entries in training: at least what the policy always keeps (n_sink, n_recent).
+
+    When a context is served, a budget under these sizes is an error. In training, samples differ in length and a
+    curriculum raises the ratio, so a short context loses what it can, and one no longer than these sizes nothing.
+    """
+    sizes = (getattr(policy, name, None) for name in ("n_sink", "n_recent"))
+    always = sum(size for size in sizes if isinstance(size, int))
+    if budget.given and n and budget.n_kept(n) < always:
+        return Budget(tokens=always, scope=budget.scope)
+    return budget
+
+
 @dataclass
 class SelectionPlan:
     """One forward's evictions: a ready `selection`, or a layer policy that decides inside each layer.
@@ -99,7 +112,8 @@ class SelectionPlan:
     Attributes
     ----------
     selected : layer -> evicted_at [B, H or 1, T] of the last forward
-    soft_kept : layer -> mean of the soft weights over what may leave, differentiable (soft policies only)
+    soft_kept : layer -> FloatTensor [B], the mean soft weight of each row's context (nan where it has none),
+        differentiable (soft policies only)
     scores : layer -> [rows' scores, concatenated], with `keep_scores`
     collected : observer's name -> layer -> its output
     """
@@ -193,24 +207,25 @@ class SelectionPlan:
                 tokenizer=self.tokenizer,
             )
             leaves = self._leaves(start, end, at.device)
+            budget = budget_for(policy, self.budget, end - start)
             if end == start:
-                weights.append(key.new_zeros(key.shape[1], total))
+                soft.append(torch.full((), torch.nan, device=key.device))
+                weights.append(torch.zeros(key.shape[1], total, device=key.device))
             elif is_soft:
-                weight = policy.weigh_layer(ctx, self.budget)[0]
+                weight = policy.weigh_layer(ctx, budget)[0]
                 soft.append(weight.float().exp().mean())
                 if self.keep_scores:
                     with torch.no_grad():
-                        scores.append(policy.score_layer(ctx, self.budget).flatten())
+                        scores.append(policy.score_layer(ctx, budget).flatten())
                 weights.append(nn.functional.pad(weight, (start, total - end)))
                 at[row, :, start:end] = leaves
             else:
                 with torch.no_grad():
-                    kept = policy.keep_layer(ctx, self.budget)[0]
+                    kept = policy.keep_layer(ctx, budget)[0]
                 at[row, :, start:end] = torch.where(kept, at[row, :, start:end], leaves)
         if not is_soft:
             return at, None
-        if soft:
-            self.soft_kept[layer_idx] = torch.stack(soft).mean()
+        self.soft_kept[layer_idx] = torch.stack(soft)
         if scores:
             self.scores[layer_idx] = torch.cat(scores)
         return at, torch.stack(weights)

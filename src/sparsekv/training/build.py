@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, unknown
 from sparsekv.models import load_model
 from sparsekv.policies import make_policy
 from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
@@ -23,6 +25,7 @@ from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
+from sparsekv.training.setup import policy_of
 from sparsekv.training.trainer import SparseKVTrainer
 
 
@@ -36,6 +39,9 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     """
     objective = make_objective(config.objective.name, **config.objective.arguments())
     press = press_of(config)
+    if press is not None:
+        policy_of(press)
+    arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
     model, tokenizer = load_model(
         config.model,
         dtype=config.dtype,
@@ -60,7 +66,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         load_relevance(model, config.adapter)
     return SparseKVTrainer(
         model,
-        training_arguments(config, evaluates=held_out is not None),
+        arguments,
         press=press,
         curriculum=config.make_curriculum(),
         objective=objective,
@@ -121,8 +127,21 @@ def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambd
 
 
 def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArguments:
-    """transformers' arguments of a config."""
+    """transformers' arguments of a config.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown optimizer, or metrics that would go to something that is not installed.
+    """
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * config.steps)
+    optimizers = [str(name.value) for name in OptimizerNames]
+    if config.optimizer not in optimizers:
+        raise unknown("optimizer", config.optimizer, optimizers)
+    places = [*get_available_reporting_integrations(), "all"]
+    for place in config.report_to:
+        if place not in places:
+            raise unknown("installed report_to", place, places)
     return TrainingArguments(
         output_dir=str(Path(config.output_dir).expanduser()),
         max_steps=config.steps,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.plan import Dropping, Observer, SelectionPlan
+from sparsekv.plan import Dropping, Observer, SelectionPlan, budget_for
 from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
@@ -89,12 +89,12 @@ def make_plan(
     tokenizer: Any = None,
     observers: tuple[Observer, ...] = (),
 ) -> SelectionPlan:
-    """The plan of one forward over `batch`.
+    """The plan of one forward over `batch`. Contexts too short for the budget lose what they can: `budget_for`.
 
     Raises
     ------
     ConfigError
-        For policies that run the model themselves, or a budget that a row is too short for.
+        For policies that run the model themselves.
     """
     mask = batch["attention_mask"].bool()
     if isinstance(policy, TokenPolicy):
@@ -137,12 +137,12 @@ def _select(
     for row, seed in enumerate(seeds):
         start = total - int(mask[row].sum())
         end = total if how.way == "streaming" or policy.own_prefill else min(boundaries[row], total)
-        ids = input_ids[row, start:end]
+        ids, fits = input_ids[row, start:end], budget_for(policy, budget, end - start)
         if policy.own_prefill:
-            at = policy.evicted_at_row(TokenRow(ids, context, seed), budget)
+            at = policy.evicted_at_row(TokenRow(ids, context, seed), fits)
             at = torch.where(at < NEVER, at + start, at)
         else:
-            kept = policy.keep_row(TokenRow(ids, context, seed), budget)
+            kept = policy.keep_row(TokenRow(ids, context, seed), fits)
             columns = torch.arange(start, end, dtype=torch.int32, device=kept.device)
             leaves = columns + how.window if how.way == "streaming" else torch.full_like(columns, end)
             at = torch.where(kept, NEVER, leaves)
@@ -155,7 +155,7 @@ def _select(
 def achieved_compression(plan: SelectionPlan, mask: Tensor, boundaries: Sequence[int]) -> float:
     """Mean fraction of the context's entries that the plan's last forward hid (soft ones: 1 - mean weight)."""
     if plan.soft_kept:
-        return 1.0 - float(torch.stack([kept.detach() for kept in plan.soft_kept.values()]).mean())
+        return 1.0 - float(torch.stack([kept.detach() for kept in plan.soft_kept.values()]).nanmean())
     lost = []
     total = mask.shape[1]
     for at in plan.selected.values():

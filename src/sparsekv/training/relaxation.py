@@ -101,12 +101,21 @@ class Relaxation:
             noise=self.noise,
         )
 
-    def penalty(self, soft_kept: Mapping[int, Tensor], ratio: float) -> Tensor | None:
-        """The budget's loss for the layers' mean soft weights; None where the threshold holds the budget."""
+    def penalty(self, soft_kept: Mapping[int, Tensor], ratio: float, shares: Tensor) -> Tensor | None:
+        """The budget's loss; None where the threshold holds the budget.
+
+        Every row has the budget to itself, shared by the layers. So how rows are put into batches changes nothing.
+
+        Parameters
+        ----------
+        soft_kept : layer -> mean soft weights [B], nan for a row without a context
+        ratio : fraction to remove
+        shares : FloatTensor [B], each row's weight in the step
+        """
         if self.threshold == "quantile" or not soft_kept:
             return None
-        kept = torch.stack(list(soft_kept.values())).mean()
-        return self.budget_weight * torch.relu(kept - (1 - ratio)).square()
+        over = torch.relu(torch.stack(list(soft_kept.values())).mean(0) - (1 - ratio)).square()
+        return self.budget_weight * (shares * torch.where(over.isnan(), 0.0, over)).sum()
 
     def without_noise(self) -> Relaxation:
         """The same without noise (for gradient checks)."""

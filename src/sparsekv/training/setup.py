@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsekv import architecture
@@ -36,8 +37,10 @@ def policy_of(press: Any) -> Policy:
     return made
 
 
-def with_lora(model: Any, options: LoraOptions | None) -> Any:
+def with_lora(model: Any, options: LoraOptions | None, *, seed: int = 0) -> Any:
     """`model` with a fresh LoRA adapter; as it is without options, or if it has one already.
+
+    `seed`: of the adapter's weights; the global random state is left as it was.
 
     Raises
     ------
@@ -57,6 +60,8 @@ def with_lora(model: Any, options: LoraOptions | None) -> Any:
         target_modules=list(options.targets),
         task_type="CAUSAL_LM",
     )
-    made = get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = get_peft_model(model, config)
     architecture.check_supported(made)
     return made

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from sparsekv.relevance.predictor import (
     has_relevance,
     relevance_modules,
 )
-from sparsekv.training.checkpoints import clear, seal
+from sparsekv.training.checkpoints import clear, damage, latest_whole, seal
 from sparsekv.training.collate import Collator
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
@@ -62,6 +63,8 @@ from sparsekv.training.relaxation import Relaxation, RelaxedRelevance, ScoreQuan
 from sparsekv.training.samples import Samples
 from sparsekv.training.setup import policy_of, with_lora
 from sparsekv.training.student import student_output, teacher_output
+
+logger = logging.getLogger(__name__)
 
 QUANTILES_FILE = "score_quantiles.json"
 BOUNDARY, SEEDS = "boundary", "seeds"
@@ -158,9 +161,9 @@ class SparseKVTrainer(Trainer):
         self.config, self.seq_len = config, seq_len
         self._scores: list[Tensor] = []
         prepare(model)
-        full = lora is None and all(p.requires_grad for p in model.parameters())
-        self.frozen_teacher = copy.deepcopy(model).eval() if full and self.objective.needs_teacher else None
-        model = with_lora(model, lora)
+        moves = self.objective.needs_teacher and lora is None and _moves_without_adapters(model)
+        self.frozen_teacher = copy.deepcopy(model).eval().requires_grad_(False) if moves else None
+        model = with_lora(model, lora, seed=args.seed)
         if relaxation is not None and not has_relevance(model):
             attach_relevance(model, relevance, seed=args.seed)
         for module in relevance_modules(model).values():
@@ -194,6 +197,35 @@ class SparseKVTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Baseline(self))
+        self.add_callback(_LogWithCheckpoints)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. True goes on from the latest whole checkpoint of output_dir.
+
+        Raises
+        ------
+        ConfigError
+            For a checkpoint that is broken or missing, and for a fresh start where output_dir has whole ones.
+        """
+        output = Path(self.args.output_dir)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            latest = latest_whole(output)
+            if latest.path is None:
+                raise ConfigError(f"output_dir '{output}' has no whole checkpoint to go on from")
+            for path, reason in latest.skipped.items():
+                logger.warning("%s is passed over: %s", path, reason)
+            checkpoint = str(latest.path)
+        elif checkpoint:
+            problem = damage(Path(checkpoint))
+            if problem is not None:
+                raise ConfigError(f"checkpoint '{checkpoint}' can't be resumed from: {problem}")
+        elif self.state.global_step == 0 and latest_whole(output).path is not None:
+            raise ConfigError(
+                f"output_dir '{output}' holds checkpoints of an earlier run; use another output_dir, or go on from "
+                "them: train(resume_from_checkpoint=True)"
+            )
+        return super().train(checkpoint, *args, **kwargs)
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
@@ -214,6 +246,8 @@ class SparseKVTrainer(Trainer):
     def _ready(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Tensor]:
         """Seeds and boundaries; then what the objective makes of the batch."""
         made = dict(batch)
+        first = made["attention_mask"].cumsum(1) <= 1  # a row's first token follows nothing, or padding
+        made["labels"] = made["labels"].masked_fill(first, IGNORED)
         seeds = row_seeds(self.args.seed, epoch, made.pop("sample_index"))
         boundaries = resolve_boundaries(made[BOUNDARY], made["attention_mask"], seeds, self.dropping.boundary)
         made = self.objective.prepare(made, boundaries, seeds)
@@ -248,10 +282,11 @@ class SparseKVTrainer(Trainer):
                 loss + sparsity.weight * share * torch.stack(list(plan.collected["sparsity"].values())).mean()
             )
         if self.relaxation is not None:
-            penalty = self.relaxation.penalty(plan.soft_kept, ratio)
+            rows = _labels_of_rows(inputs) / items
+            penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows)
             if penalty is not None:
-                loss = loss + share * penalty
-                self.meter.add_mean("budget_penalty", float(penalty.detach()))
+                loss = loss + penalty
+                self.meter.add({"budget_penalty": float(penalty.detach())}, {"budget_penalty": share})
         self._measure(plan, inputs, losses.parts, losses.counts, ratio)
         loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -283,7 +318,7 @@ class SparseKVTrainer(Trainer):
             boundaries=inputs[BOUNDARY].tolist(),
             seeds=seeds,
             tokenizer=self.processing_class,
-            observers=self._observers(seeds) if observe else (),
+            observers=self._observers(seeds, _labels_of_rows(inputs).tolist()) if observe else (),
         )
         plan.hard = hard
         return plan
@@ -301,13 +336,13 @@ class SparseKVTrainer(Trainer):
         drawn: Policy = draw(seed) if callable(draw) else self.policy
         return drawn
 
-    def _observers(self, seeds: list[int]) -> tuple[Observer, ...]:
+    def _observers(self, seeds: list[int], weights: list[float]) -> tuple[Observer, ...]:
         found: list[Observer] = []
         kind: Any = self.objective.sparsity_kind or getattr(
             getattr(self.press, "sparsity", None), "kind", None
         )
         if kind is not None:
-            found.append(AttentionSparsity(kind=kind, seeds=tuple(seeds)))
+            found.append(AttentionSparsity(kind=kind, seeds=tuple(seeds), weights=tuple(weights)))
         if (
             self.args.logging_steps
             and (self.state.global_step + 1) % max(int(self.args.logging_steps), 1) == 0
@@ -457,6 +492,15 @@ class SparseKVTrainer(Trainer):
             self.quantiles.load_state_dict(json.loads((folder / QUANTILES_FILE).read_text(encoding="utf-8")))
 
 
+class _LogWithCheckpoints(TrainerCallback):
+    """Logs before every checkpoint: no sum is pending then, so a resumed run logs the same rows."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Called after Trainer's own decision to save."""
+        if control.should_save:
+            control.should_log = True
+
+
 class _Baseline(TrainerCallback):
     """Measures the full-cache perplexity before the first step, where a curriculum needs it."""
 
@@ -471,5 +515,16 @@ class _Baseline(TrainerCallback):
             self.trainer.evaluate()
 
 
+def _labels_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
+    """FloatTensor [B]: how many tokens of each row have a label."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(1).float()
+
+
 def _labels(batch: Mapping[str, Tensor]) -> float:
-    return float((batch["labels"][:, 1:] != IGNORED).sum())
+    return float(_labels_of_rows(batch).sum())
+
+
+def _moves_without_adapters(model: nn.Module) -> bool:
+    """True if training changes what the model computes with its adapters off."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return not hasattr(model, "disable_adapter") and any(f".{NAME}." not in name for name in names)

@@ -1,0 +1,54 @@
+"""Two processes (torchrun, gloo) train exactly as one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.ddp_worker import run_case
+
+EXACT = ("token", "layer", "relevance")
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder), "1", "2", "quantile", *EXACT],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_train_as_one(name, two_processes, tmp_path):
+    found, wanted = two_processes[name], run_case(name, tmp_path, batch_size=4, accumulation=1)
+    assert (found["gradient"] - wanted["gradient"]).norm() <= 1e-5 * wanted["gradient"].norm()
+    assert (found["after"] - wanted["after"]).abs().max() <= 1e-6
+    torch.testing.assert_close(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-5)
+    assert (wanted["after"] - wanted["before"]).abs().max() > 1e-2
+
+
+def test_quantiles_over_processes_are_averaged(two_processes, tmp_path):
+    """The threshold is the mean of both processes' quantiles: near that of one process, not equal to it."""
+    found, wanted = two_processes["quantile"], run_case("quantile", tmp_path, batch_size=4, accumulation=1)
+    assert (found["gradient"] - wanted["gradient"]).norm() <= 1e-5 * wanted["gradient"].norm(), "none yet"
+    difference = (found["after"] - wanted["after"]).abs().max()
+    assert difference <= 1e-2 * (wanted["after"] - wanted["before"]).abs().max()
+
+
+def test_two_processes_resume(two_processes):
+    whole, resumed = two_processes[EXACT[-1]], two_processes["resumed"]
+    assert torch.equal(resumed["after"], whole["after"])
+    assert torch.equal(resumed["loss"], whole["loss"]), "the logged rows of the first two steps come along"
