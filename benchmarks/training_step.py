@@ -99,7 +99,6 @@ class Bench:
     def fresh(self) -> Any:
         """A model with a LoRA adapter, in training mode."""
         model, _ = load_model(self.args.model, dtype=self.args.dtype, device=self.args.device)
-        torch.manual_seed(0)
         return with_lora(model, LoraOptions()).train()
 
     def plain(self) -> dict[str, Step]:
