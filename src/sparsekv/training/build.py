@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers.training_args import OptimizerNames
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.models import load_model
+from sparsekv.models.load import one_line
+from sparsekv.models.locate import check_adapter_folder
 from sparsekv.policies import make_policy
 from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
-from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints
+from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints, step_of
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.data import make_dataset
 from sparsekv.training.dropping import DroppingConfig
@@ -41,6 +44,8 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     press = press_of(config)
     if press is not None:
         policy_of(press)
+    if config.adapter is not None:
+        check_adapter_folder(config.adapter)
     arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
     model, tokenizer = load_model(
         config.model,
@@ -112,7 +117,8 @@ def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambd
     log = MetricsLog(output / METRICS_FILE)
     if main:
         output.mkdir(parents=True, exist_ok=True)
-        log.start(0 if latest.path is None else int(latest.path.name.rpartition("-")[2]))
+        # A run that starts anew also forgets the rows before the first step.
+        log.start(-1 if latest.path is None else step_of(latest.path))
         trainer.add_callback(_ToFile(log))
     trainer.train(resume_from_checkpoint=None if latest.path is None else str(latest.path))
     if main:
@@ -178,7 +184,14 @@ def press_of(config: TrainConfig) -> Any:
     if config.press is not None:
         from sparsekv.policies.training_presses import PRESSES
 
-        return PRESSES.get(config.press.name)(**config.press.args)
+        kind = PRESSES.get(config.press.name)
+        parameters = signature(kind).parameters.values()
+        if not any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+            allowed = [each.name for each in parameters]
+            for key in config.press.args:
+                if key not in allowed:
+                    raise unknown(f"argument of press {config.press.name}", key, allowed)
+        return kind(**config.press.args)
     if config.method is not None:
         policy = make_policy(config.method.name, **config.method.args)
         return PolicyPress(policy, 0.0, scope=config.method.budget_scope)
@@ -212,7 +225,12 @@ def _trainable(model: Any, config: TrainConfig) -> Any:
             raise ConfigError(
                 f"adapter '{config.adapter}' is given, but train_model is '{config.train_model}'"
             )
-        return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"adapter '{config.adapter}' does not fit model '{config.model}': {one_line(error)}"
+            ) from error
     if config.train_model == "frozen":
         model.requires_grad_(False)
     return model
