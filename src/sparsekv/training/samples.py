@@ -9,9 +9,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sparsekv.errors import ConfigError
 
+LEAST_TOKENS = 2
+"""Fewer predict nothing."""
 
-def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int) -> dict[str, Any]:
-    """One item with every key of a sample.
+
+def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int) -> dict[str, Any] | None:
+    """One item with every key of a sample; None if it has fewer than two tokens, since nothing is learned from it.
 
     Parameters
     ----------
@@ -22,33 +25,47 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
     Raises
     ------
     ConfigError
-        If it has neither, or fewer than two tokens.
+        If it has neither, or labels or a boundary that do not fit its tokens.
     """
     ids = item.get("input_ids")
     if ids is None:
-        if tokenizer is None or "text" not in item:
+        if tokenizer is None or not isinstance(item.get("text"), str):
             raise ConfigError(
-                f"train_dataset item {index} has neither input_ids nor text (with a tokenizer); it has "
-                f"{', '.join(sorted(item))}"
+                f"data set item {index} has neither input_ids nor text (with a tokenizer); it has "
+                f"{', '.join(sorted(item)) or 'nothing'}"
             )
         ids = tokenizer(item["text"], truncation=True, max_length=seq_len)["input_ids"]
     ids = [int(token) for token in ids]
-    if len(ids) < 2:
-        raise ConfigError(f"train_dataset item {index} has {len(ids)} tokens; nothing can be learned from it")
-    labels = item.get("labels")
+    if len(ids) < LEAST_TOKENS:
+        return None
+    labels, boundary = item.get("labels"), int(item.get("boundary", 0))
+    labels = ids if labels is None else [int(token) for token in labels]
+    if len(labels) != len(ids):
+        raise ConfigError(f"data set item {index} has {len(ids)} input_ids and {len(labels)} labels")
+    if not 0 <= boundary <= len(ids):
+        raise ConfigError(f"data set item {index}: boundary must be in [0, {len(ids)}], got {boundary}")
     return {
         "input_ids": ids,
-        "labels": ids if labels is None else [int(token) for token in labels],
-        "boundary": int(item.get("boundary", 0)),
+        "labels": labels,
+        "boundary": boundary,
         "sample_index": int(item.get("sample_index", index)),
     }
 
 
 class Samples(Dataset):
-    """A map-style data set whose items are samples."""
+    """A map-style data set whose items are samples.
+
+    An item that is too short to learn from (an empty text) gives its place to the next one that is not.
+
+    Raises
+    ------
+    ConfigError
+        If the first item is no sample, or every one is too short.
+    """
 
     def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
         self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
+        self[0]  # so that a wrong data set is told before training
 
     @classmethod
     def of(cls, dataset: Any, tokenizer: Any, seq_len: int) -> Any:
@@ -63,15 +80,22 @@ class Samples(Dataset):
         return len(self.inner)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return as_sample(self.inner[index], index, self.tokenizer, self.seq_len)
+        for place in range(index, index + len(self)):
+            place %= len(self)
+            found = as_sample(self.inner[place], place, self.tokenizer, self.seq_len)
+            if found is not None:
+                return found
+        raise ConfigError(f"the data set has no usable row: {len(self)} rows, none of {LEAST_TOKENS} tokens")
 
 
 class StreamedSamples(IterableDataset):
-    """A stream whose items are samples, numbered as they come."""
+    """A stream whose items are samples, numbered as they come; those that are too short are left out."""
 
     def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
         self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index, item in enumerate(self.inner):
-            yield as_sample(item, index, self.tokenizer, self.seq_len)
+            found = as_sample(item, index, self.tokenizer, self.seq_len)
+            if found is not None:
+                yield found

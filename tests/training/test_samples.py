@@ -1,0 +1,58 @@
+"""What a user hands to the trainer, as samples."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+
+from sparsekv.errors import ConfigError
+from sparsekv.training.samples import Samples, StreamedSamples, as_sample
+from toy import toy_tokenizer
+
+
+def test_texts_are_cut_and_numbered():
+    tokenizer = toy_tokenizer()
+    made = Samples.of(datasets.Dataset.from_dict({"text": ["abcdefgh", "xy"], "id": [7, 8]}), tokenizer, 5)
+    ids = tokenizer("abcde")["input_ids"]
+    assert made[0] == {"input_ids": ids, "labels": ids, "boundary": 0, "sample_index": 0}
+    assert made[1]["input_ids"] == tokenizer("xy")["input_ids"] and made[1]["sample_index"] == 1
+    assert len(made) == 2 and Samples.of(made, None, 1) is made and Samples.of(None, None, 1) is None
+
+
+def test_what_an_item_says_itself_wins():
+    item = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "boundary": 2, "sample_index": 40}
+    assert as_sample(item, 3, None, 2) == item, "ids are not cut"
+    assert as_sample({"input_ids": [5, 6]}, 3, None, 9) == {
+        "input_ids": [5, 6],
+        "labels": [5, 6],
+        "boundary": 0,
+        "sample_index": 3,
+    }
+
+
+def test_empty_texts_give_their_place_to_the_next():
+    """Web text and wiki dumps have empty rows; they must not end a run in its middle."""
+    tokenizer = toy_tokenizer()
+    rows = [{"text": text} for text in ("ab", "", "c", "def", "")]
+    made = Samples.of(rows, tokenizer, 16)
+    assert [made[i]["sample_index"] for i in range(5)] == [0, 3, 3, 3, 0]
+    streamed = Samples.of(iter(rows), tokenizer, 16)
+    assert isinstance(streamed, StreamedSamples)
+    assert [sample["sample_index"] for sample in streamed] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": ""}, {"text": "a"}], "no usable row: 2 rows"),
+        ([], "no usable row: 0 rows"),
+        ([{"content": "abc", "url": "u"}], "item 0 has neither input_ids nor text.*it has content, url"),
+        ([{"text": None}], "item 0 has neither input_ids nor text"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "item 0 has 3 input_ids and 2 labels"),
+        ([{"input_ids": [1, 2, 3], "boundary": 4}], r"boundary must be in \[0, 3\], got 4"),
+        ([{"input_ids": [1, 2, 3], "boundary": -1}], r"boundary must be in \[0, 3\], got -1"),
+    ],
+)
+def test_what_is_no_data_set_is_told_before_training(rows, message):
+    with pytest.raises(ConfigError, match=message):
+        Samples.of(rows, toy_tokenizer(), 16)
