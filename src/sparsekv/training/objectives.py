@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, unknown
+from sparsekv.observers import SPARSITY_KINDS
 from sparsekv.plan import SelectionPlan
 from sparsekv.registry import Registry
 from sparsekv.training.data_layout import IGNORED
@@ -164,6 +165,8 @@ class SparseLMObjective(Objective):
 
     def __post_init__(self) -> None:
         _at_least_0(self.name, "sparsity_weight", self.sparsity_weight)
+        if self.sparsity_kind not in SPARSITY_KINDS:
+            raise unknown("sparsity_kind", self.sparsity_kind, SPARSITY_KINDS)
 
     def terms(self, batch: Mapping[str, Tensor]) -> Terms:
         """CE 1, sparsity."""
@@ -334,11 +337,9 @@ def make_objective(name: str, **args: object) -> Objective:
             weight = float(inner.pop("weight", 1.0))
             parts.append((make_objective(str(inner.pop("name", "")), **inner), weight))
         args = {"objectives": tuple(parts), **args}
-    allowed = [field for field in getattr(kind, "__dataclass_fields__", {}) if field != "needs_teacher"]
+    allowed = [each.name for each in fields(kind) if each.name != "needs_teacher"]  # type: ignore[arg-type]
     for key in args:
         if key not in allowed:
-            from sparsekv.errors import unknown
-
             raise unknown(f"argument of objective {name}", key, allowed)
     made: Objective = kind(**args)
     return made

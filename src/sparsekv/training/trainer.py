@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sparsekv.observers import AttentionSparsity, RetainedAttention
 from sparsekv.plan import Observer, SelectionPlan
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget, Scope
+from sparsekv.policies.soft import SoftThreshold
 from sparsekv.relevance.files import load_relevance, save_relevance
 from sparsekv.relevance.policy import Relevance
 from sparsekv.relevance.predictor import (
@@ -66,6 +68,9 @@ from sparsekv.training.student import student_output, teacher_output
 
 logger = logging.getLogger(__name__)
 
+SOFTEST_TO_HARDEST = 0.1
+"""A SoftThresholdPress starts at its own temperature, which falls linearly to this fraction of it."""
+
 QUANTILES_FILE = "score_quantiles.json"
 BOUNDARY, SEEDS = "boundary", "seeds"
 
@@ -79,6 +84,7 @@ class SparseKVTrainer(Trainer):
     args : TrainingArguments
     press : one of `sparsekv`'s presses or kvpress's, optional
         What drops entries; its compression_ratio is the default curriculum. Without one, relevance predictors do.
+        The temperature of a SoftThresholdPress falls to a tenth of it over the run.
     curriculum : Curriculum, optional
         The ratio at every step.
     objective : Objective, optional
@@ -334,6 +340,9 @@ class SparseKVTrainer(Trainer):
             raise ConfigError("nothing drops entries")
         draw = getattr(self.policy, "draw", None)
         drawn: Policy = draw(seed) if callable(draw) else self.policy
+        if isinstance(drawn, SoftThreshold):
+            share = 1 - (1 - SOFTEST_TO_HARDEST) * min(max(progress, 0.0), 1.0)
+            return replace(drawn, temperature=drawn.temperature * share)
         return drawn
 
     def _observers(self, seeds: list[int], weights: list[float]) -> tuple[Observer, ...]:
