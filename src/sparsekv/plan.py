@@ -73,11 +73,12 @@ def budget_for(policy: Policy, budget: Budget, n: int) -> Budget:
     """The budget of a context of `n` entries in training: at least what the policy always keeps (n_sink, n_recent).
 
     When a context is served, a budget under these sizes is an error. In training, samples differ in length and a
-    curriculum raises the ratio, so a short context loses what it can, and one no longer than these sizes nothing.
+    curriculum raises the ratio, so a short context loses what it can, and one no longer than these sizes nothing. A
+    number of tokens under these sizes stays an error.
     """
     sizes = (getattr(policy, name, None) for name in ("n_sink", "n_recent"))
     always = sum(size for size in sizes if isinstance(size, int))
-    if budget.given and n and budget.n_kept(n) < always:
+    if budget.compression_ratio is not None and n and budget.n_kept(n) < always:
         return Budget(tokens=always, scope=budget.scope)
     return budget
 
