@@ -193,7 +193,7 @@ def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("name", ["demo", "baseline", "full_eval", "needle"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_shipped_configs_are_valid_and_say_how_to_run_them(name: str) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_eval_config(path)
@@ -207,6 +207,17 @@ def test_shipped_configs_name_methods_that_exist(toy_eval: Callable[..., Any]) -
     from sparsekv.evaluation.plan import check_combinations
 
     for path in sorted(CONFIGS.glob("*.yaml")):
-        chosen = settings(load_eval_config(path))
-        check_combinations(chosen)
-        assert len({s.label for s in chosen}) == len(load_eval_config(path).methods)
+        config = load_eval_config(path)
+        for one in (config, *(config.of_variant(variant) for variant in config.variants)):
+            chosen = settings(one)
+            check_combinations(chosen)
+            assert len({s.label for s in chosen}) == len(one.methods)
+
+
+def test_the_gain_is_judged_on_texts_that_were_not_trained_on() -> None:
+    for name, ratios in (("eit_vs_base", [0.7]), ("any_vs_base", [0.5])):
+        config = load_eval_config(CONFIGS / f"{name}.yaml")
+        assert config.compression_ratios == ratios and not config.query_aware and len(config.methods) == 10
+        assert {(spec.haystack, spec.squad) for spec in config.benchmarks} == {("book_eval", "builtin")}
+        assert config.benchmarks[0].rows == 100 and config.benchmarks[0].tasks is None
+        assert config.compare is not None and config.compare.min_baseline_score == 20

@@ -6,6 +6,7 @@ Everything that can be checked without a model is checked here. Imports no torch
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,8 +76,71 @@ def _method(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _check_variant_name(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
+        raise ValueError(f"a variant's name is a folder's: letters, digits, _ and -, got {value!r}")
+    return value
+
+
+class VariantConfig(Strict):
+    """One of several models that are asked the same; what it leaves out is the run's.
+
+    Parameters
+    ----------
+    name : what tables call it, and its sub-folder of output_dir
+    model, adapter : as in `EvalConfig`; `adapter: null` takes the run's adapter off
+    methods, compression_ratios, budget_tokens, budget_scope : as in `EvalConfig`. Ratios or token budgets replace the
+        run's ratios and token budgets.
+    """
+
+    name: Annotated[str, BeforeValidator(_check_variant_name)]
+    model: str | None = None
+    adapter: str | None = None
+    methods: list[Annotated[MethodConfig, BeforeValidator(_method)]] | None = Field(
+        default=None, min_length=1
+    )
+    compression_ratios: list[Ratio] | None = None
+    budget_tokens: list[Tokens] | None = None
+    budget_scope: Scope | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """The keys of `EvalConfig` that this variant replaces, and their values."""
+        given = {
+            key: value
+            for key in ("model", "methods", "budget_scope")
+            if (value := getattr(self, key)) is not None
+        }
+        if "adapter" in self.model_fields_set:
+            given["adapter"] = self.adapter
+        if self.compression_ratios is not None or self.budget_tokens is not None:
+            given["compression_ratios"] = self.compression_ratios or []
+            given["budget_tokens"] = self.budget_tokens or []
+        return given
+
+
+class CompareConfig(Strict):
+    """How the variants of a run are compared: each setting with one baseline, rows paired.
+
+    Parameters
+    ----------
+    baseline : name of the variant that the others are compared with; the first one by default
+    method : its method (or label) that all are compared with; it must have one budget
+    min_baseline_score : tasks on which the baseline scores less (0 to 100) are left out of the average
+    resamples : of the bootstrap
+    confidence : of the intervals, in (0, 1)
+    seed : of the bootstrap; the run's by default
+    """
+
+    baseline: str | None = None
+    method: str = "full"
+    min_baseline_score: StrictFloat = Field(default=0.0, ge=0, le=100)
+    resamples: StrictInt = Field(default=2000, ge=100)
+    confidence: StrictFloat = Field(default=0.95, gt=0, lt=1)
+    seed: StrictInt | None = Field(default=None, ge=0)
+
+
 class EvalConfig(Strict):
-    """`sparsekv eval`: benchmarks × methods × budgets on one model.
+    """`sparsekv eval`: benchmarks × methods × budgets on one model, or on several variants of it.
 
     Parameters
     ----------
@@ -104,6 +168,8 @@ class EvalConfig(Strict):
     record_selections : examples per cell whose kept entries are written to output_dir/selections
     output_dir : where results go; the same command again resumes
     progress : show a progress bar
+    variants : models that are asked the same, one after the other; each may replace model, adapter, methods and budgets
+    compare : how variants are compared
     """
 
     model: str
@@ -132,6 +198,8 @@ class EvalConfig(Strict):
     record_selections: StrictInt = Field(default=0, ge=0)
     output_dir: str = "results/eval"
     progress: StrictBool = True
+    variants: list[VariantConfig] = []
+    compare: CompareConfig | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EvalConfig:
@@ -139,11 +207,34 @@ class EvalConfig(Strict):
             raise ValueError(
                 f"device '{self.device}' and device_map '{self.device_map}' are both given; give one"
             )
-        labels = [m.label for m in self.methods if m.label is not None]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(f"label '{label}' is given to two methods")
+        for methods in (self.methods, *(variant.methods or [] for variant in self.variants)):
+            labels = [m.label for m in methods if m.label is not None]
+            for label in labels:
+                if labels.count(label) > 1:
+                    raise ValueError(f"label '{label}' is given to two methods")
         return self
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> EvalConfig:
+        names = [variant.name for variant in self.variants]
+        folders = [name.casefold() for name in names]  # some file systems can't tell A from a
+        for name in names:
+            if folders.count(name.casefold()) > 1:
+                raise ValueError(f"variants: the name '{name}' is given twice")
+        if self.compare is not None and not names:
+            raise ValueError("compare is given without variants; list the models to compare in variants")
+        if self.compare is not None and self.compare.baseline not in (None, *names):
+            raise unknown("compare.baseline", self.compare.baseline, names)
+        return self
+
+    def of_variant(self, variant: VariantConfig) -> EvalConfig:
+        """The config of one variant alone: its keys instead of the run's, in its own sub-folder."""
+        alone: dict[str, Any] = {
+            "variants": [],
+            "compare": None,
+            "output_dir": str(Path(self.output_dir) / variant.name),
+        }
+        return self.model_copy(update={**variant.changes(), **alone})
 
 
 def load_eval_config(path: str | Path | None, overrides: Sequence[str] = ()) -> EvalConfig:

@@ -156,6 +156,12 @@ def test_what_tells_lines_apart_is_shown() -> None:
     assert summarize(own).lines[0].requested == "own"
 
 
+def test_a_methods_arguments_stand_in_the_terminal_table() -> None:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(to_rich(summarize([row("snapkv", 0.5, "vt", 3.0, method_args={"window_size": 8})]), 120))
+    assert "snapkv[window_size=8]" in console.export_text()
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_terminal_table_fits_and_is_never_cut(width: int) -> None:
     many = [

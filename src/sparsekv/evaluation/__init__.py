@@ -3,6 +3,7 @@
     with RunFolder("results/mine") as folder:
         outcome = run_evaluation(load_eval_config("configs/eval/demo.yaml"), folder)
 
+A config with variants is for `run_variants`, which runs one after the other and compares them.
 Names load on first use: they need torch.
 """
 
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
     from sparsekv.evaluation.folder import RunFolder
     from sparsekv.evaluation.plan import Plan, make_plan
     from sparsekv.evaluation.runner import Outcome, run_evaluation
+    from sparsekv.evaluation.variants import VariantsOutcome, run_variants
 
 _HOME = {
     "Outcome": "runner",
     "Plan": "plan",
     "RunFolder": "folder",
+    "VariantsOutcome": "variants",
     "make_plan": "plan",
     "run_evaluation": "runner",
+    "run_variants": "variants",
 }
 
-__all__ = ["Outcome", "Plan", "RunFolder", "make_plan", "run_evaluation"]
+__all__ = ["Outcome", "Plan", "RunFolder", "VariantsOutcome", "make_plan", "run_evaluation", "run_variants"]
 
 
 def __getattr__(name: str) -> Any:

@@ -104,6 +104,16 @@ def check_usable(path: Path) -> None:
         )
 
 
+def check_kind(path: Path, before: Mapping[str, Any], *, variants: bool) -> None:
+    """Raise a ConfigError if a folder's run is of one model and this one of variants, or the other way round."""
+    if before and ("variants" in before["identity"]) != variants:
+        kinds = ("one model", "several variants")
+        raise ConfigError(
+            f"output_dir '{path}' holds a run of {kinds[not variants]}, this one is of {kinds[variants]}; "
+            "use another output_dir"
+        )
+
+
 def check_identity(path: Path, old: Identity, new: Identity) -> None:
     """Raise a ConfigError that says what differs between a folder's run and this one.
 

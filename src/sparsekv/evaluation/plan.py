@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparsekv.architecture import max_context
@@ -16,7 +17,11 @@ from sparsekv.evaluation.cells import UNCOMPRESSED, Cell, Setting, Task, own_pha
 from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.models import load_tokenizer
 from sparsekv.models.load import load_config
-from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, TokenContext, TokenPolicy
+from sparsekv.models.locate import check_adapter_folder, locate_model
+from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, Policy, TokenContext, TokenPolicy
+from sparsekv.policies.soft import SoftThreshold
+from sparsekv.relevance import RELEVANCE_FILE
+from sparsekv.relevance.policy import Relevance
 
 
 @dataclass(frozen=True)
@@ -45,23 +50,37 @@ class Plan:
         return sum(len(rows) for rows in self.prompts.values()) * len(self.settings)
 
 
-def make_plan(config: EvalConfig) -> Plan:
+def make_plan(config: EvalConfig, prompts: dict[Task, list[Prompt]] | None = None) -> Plan:
     """Check a config against methods, data, tokenizer and model config; no weights are loaded.
+
+    Parameters
+    ----------
+    prompts : those of another plan of the same benchmarks and model, to save making them again
 
     Raises
     ------
     ConfigError
         An unknown method or task, a missing or malformed data file, a context longer than the model allows,
-        a budget that a method can't meet, the same task twice.
+        a budget that a method can't meet, the same task twice, no such adapter.
     """
     chosen = settings(config)
     check_combinations(chosen)
+    if config.adapter is not None:
+        check_adapter_folder(config.adapter)
+    check_predictors(config, chosen)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     longest = max_context(model_config)
-    prompts: dict[Task, list[Prompt]] = {}
-    for task, examples, truncate in load_examples(config, tokenizer):
-        prompts[task] = [
+    if prompts is None:
+        prompts = load_prompts(config, tokenizer, longest)
+    try_budgets(chosen, prompts, model_config, tokenizer, longest)
+    return Plan(prompts, chosen, longest)
+
+
+def load_prompts(config: EvalConfig, tokenizer: Any, longest: int) -> dict[Task, list[Prompt]]:
+    """Every task's rows as token ids, each of at most `longest` tokens unless it is read in chunks."""
+    return {
+        task: [
             assemble(
                 example,
                 tokenizer,
@@ -72,8 +91,29 @@ def make_plan(config: EvalConfig) -> Plan:
             )
             for example in examples
         ]
-    try_budgets(chosen, prompts, model_config, tokenizer, longest)
-    return Plan(prompts, chosen, longest)
+        for task, examples, truncate in load_examples(config, tokenizer)
+    }
+
+
+def check_predictors(config: EvalConfig, chosen: Sequence[Setting]) -> None:
+    """Raise a ConfigError if a method needs relevance predictors and neither adapter nor model has them."""
+    asking = [s.method for s in chosen if needs_predictors(s.policy())]
+    if not asking:
+        return
+    source = locate_model(config.model, config.adapter)
+    folders = [Path(folder) for folder in (source.adapter, source.path) if folder is not None]
+    if any((folder / RELEVANCE_FILE).is_file() for folder in folders):
+        return
+    where = " or ".join(f"'{folder.name}'" for folder in folders)
+    raise ConfigError(
+        f"method '{asking[0]}' needs relevance predictors: no {RELEVANCE_FILE} in {where}; give an adapter or a model "
+        "folder that has one"
+    )
+
+
+def needs_predictors(policy: Policy) -> bool:
+    """Whether a policy scores by the model's relevance predictors."""
+    return isinstance(policy, Relevance) or (isinstance(policy, SoftThreshold) and policy.on == "relevance")
 
 
 def load_examples(config: EvalConfig, tokenizer: Any) -> list[tuple[Task, list[Example], bool]]:
@@ -133,7 +173,12 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 )
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
-        elif isinstance(policy, LayerPolicy) and policy.scored and not policy.own_sizes and not setting.budget.given:
+        elif (
+            isinstance(policy, LayerPolicy)
+            and policy.scored
+            and not policy.own_sizes
+            and not setting.budget.given
+        ):
             raise ConfigError(f"{name} needs a budget; give {advice.budget}")
 
 

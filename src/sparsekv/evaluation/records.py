@@ -87,6 +87,46 @@ class ResultRow(TypedDict):
     commit: str | None
 
 
+class ComparisonRow(TypedDict):
+    """One line of comparisons.jsonl: a setting of a variant beside another, on one task or on average over tasks.
+
+    `against` says what it is compared with: the "baseline", the "same" method and budget in the baseline's variant, or
+    its "own" variant's uncompressed cache. Intervals are [low, high] of the paired bootstrap; None: can't be told.
+    """
+
+    schema_version: int
+    against: str
+    variant: str
+    method: str | None
+    method_args: dict[str, Any]
+    label: str
+    compression_ratio: float | None
+    budget_tokens: int | None
+    budget_scope: str | None
+    achieved_compression: float
+    reference_variant: str
+    reference_method: str | None
+    benchmark: str | None
+    task: str | None
+    context_length: int | None
+    tasks: list[str]
+    in_average: bool
+    metric: str | None
+    n: int
+    score: float
+    reference_score: float
+    difference: float
+    difference_interval: list[float] | None
+    percent: float | None
+    percent_interval: list[float] | None
+    gap_closed: float | None
+    gap_closed_interval: list[float] | None
+    gap_closed_from: str | None
+    confidence: float
+    resamples: int
+    seed: int
+
+
 class JsonLines:
     """An append-only file of JSON lines in which every append is on the disk before it returns.
 

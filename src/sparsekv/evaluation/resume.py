@@ -9,7 +9,7 @@ from typing import Any
 from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.cells import Task
-from sparsekv.evaluation.folder import check_identity
+from sparsekv.evaluation.folder import check_identity, check_kind
 from sparsekv.evaluation.identity import known_identity
 from sparsekv.evaluation.plan import Plan
 from sparsekv.evaluation.prompts import Prompt
@@ -33,6 +33,7 @@ def check_resumable(
     """
     if not before:
         return
+    check_kind(path, before, variants=False)
     check_identity(path, before["identity"], known_identity(config))
     lead = f"output_dir '{path}' holds another run:"
     for task, prompts in plan.prompts.items():

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from sparsekv.benchmarks.scoring import METRICS
 from sparsekv.config import EvalConfig
+from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.cells import Cell
 from sparsekv.evaluation.cost import can_measure, measure, quick_collections
@@ -75,16 +76,24 @@ class Outcome:
 
 
 def run_evaluation(
-    config: EvalConfig, folder: RunFolder, *, command: str | None = None, progress: Progress | None = None
+    config: EvalConfig,
+    folder: RunFolder,
+    *,
+    command: str | None = None,
+    progress: Progress | None = None,
+    plan: Plan | None = None,
 ) -> Outcome:
     """Answer everything that `folder` does not hold yet.
 
     Parameters
     ----------
+    config : of one model; one with variants is for `run_variants`
     folder : RunFolder
         Entered. Writes predictions.jsonl, costs.jsonl, run.json, results.jsonl and selections/.
     command : str, optional
         The command line, for run.json.
+    plan : Plan, optional
+        That of `config`, if it was made already.
 
     Raises
     ------
@@ -92,20 +101,28 @@ def run_evaluation(
         For anything wrong with the config, the data or the folder; before any weights are loaded where
         possible.
     """
-    return _Run(config, folder, command, progress or Silent()).go()
+    if config.variants:
+        raise ConfigError("the config has variants: use run_variants, which runs one after the other")
+    return _Run(config, folder, command, progress or Silent(), plan).go()
 
 
 class _Run:
     """One run over one folder."""
 
     def __init__(
-        self, config: EvalConfig, folder: RunFolder, command: str | None, progress: Progress
+        self,
+        config: EvalConfig,
+        folder: RunFolder,
+        command: str | None,
+        progress: Progress,
+        plan: Plan | None,
     ) -> None:
+        self.plan = plan if plan is not None else make_plan(config)
         self.config, self.folder, self.command, self.progress = config, folder, command, progress
         self.before = folder.read_run()
         self.predictions = cast("list[PredictionRow]", folder.predictions.read())
         self.costs = cast("list[CostRow]", folder.costs.read())
-        self.started = _now()
+        self.started = now()
         self.commit = commit()
         # of rows from before each row named its own
         self.earlier_commit: str | None = self.before.get("earlier_commit") or joined_commits(
@@ -113,8 +130,7 @@ class _Run:
         )
 
     def go(self) -> Outcome:
-        """Plan, check, answer, measure, sum up."""
-        self.plan: Plan = make_plan(self.config)
+        """Check, answer, measure, sum up."""
         check_resumable(self.folder.path, self.before, self.predictions, self.plan, self.config)
         model, tokenizer = self._load()
         config = self.config
@@ -134,7 +150,7 @@ class _Run:
         self.folder.write(
             "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
         )
-        return Outcome(results, self._write_run(finished=None if interrupted else _now()), interrupted)
+        return Outcome(results, self._write_run(finished=None if interrupted else now()), interrupted)
 
     def _load(self) -> tuple[Any, Any]:
         config = self.config
@@ -330,5 +346,6 @@ def score(metric: str, reply: Reply, references: Sequence[str]) -> float:
     return float(METRICS.get(metric)(reply.prediction, references))
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as in run.json."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -60,6 +60,7 @@ def to_rich(summary: Summary, width: int) -> Table:
     """A table for a terminal `width` characters wide; task columns are left out if they don't fit."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     columns = list(summary.columns)
     rows = [_cells(line, columns) for line in summary.lines]
@@ -71,7 +72,8 @@ def to_rich(summary: Summary, width: int) -> Table:
         title = _wrapped(name) if name in columns else name
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for line, cells in zip(summary.lines, rows, strict=True):
-        table.add_row(*cells, style="bold" if line.uncompressed else None)
+        # Text, not str: rich would take "[window_size=8]" for a style.
+        table.add_row(*map(Text, cells), style="bold" if line.uncompressed else None)
     return table
 
 
@@ -94,16 +96,15 @@ def _needed(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     return sum(widths) + 3 * len(widths)
 
 
-def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str | None) -> str:
-    """results.md: the table, and all that is needed to get it again."""
-    summary = summarize(rows, labels_of(run))
+def facts_of(rows: Sequence[ResultRow], run: Mapping[str, Any]) -> dict[str, str]:
+    """All that is needed to get the rows of a run.json again, as name -> Markdown text."""
     identity, machine = run["identity"], run["machine"]
     counts = sorted({row["n"] for row in rows})
     n_rows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     commits = [commit for row in rows if row["commit"] for commit in row["commit"].split(", ")]
     gpus = ", ".join(machine["gpus"]) or "none"
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown memory"
-    facts = {
+    return {
         "command": f"`{run['command']}`" if run["command"] else "–",
         "model": identity["model"] + (f" with adapter {identity['adapter']}" if identity["adapter"] else ""),
         "dtype, device": f"{identity['dtype']}, {identity['device']}",
@@ -115,10 +116,18 @@ def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
         "commit": joined_commits(commits) or "–",
     }
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """`facts_of` as a Markdown table."""
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in facts.items()) + "\n"
+
+
+def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str | None) -> str:
+    """results.md: the table, and all that is needed to get it again."""
+    summary = summarize(rows, labels_of(run))
     parts = ["# Results\n", to_markdown(summary), "\n".join(f"- {note}" for note in notes(summary)) + "\n"]
     if picture is not None:
         parts.append(f"![average score against achieved compression]({picture})\n")
-    parts.append(
-        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in facts.items()) + "\n"
-    )
+    parts.append(facts_table(facts_of(rows, run)))
     return "\n".join(parts)
