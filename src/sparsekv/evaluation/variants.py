@@ -203,7 +203,7 @@ def compare_variants(
 
 
 def release_memory() -> None:
-    """Free the last variant's model before the next one is loaded: models hold reference cycles."""
+    """Free whatever cycle still holds the last variant's model, before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
