@@ -11,10 +11,13 @@ RELEVANCE_FILE = "relevance.safetensors"
 _HOME = {
     "RelevanceConfig": "predictor",
     "RelevancePredictor": "predictor",
+    "Served": "predictor",
     "attach_relevance": "predictor",
     "detach_relevance": "predictor",
     "has_relevance": "predictor",
     "relevance_modules": "predictor",
+    "serve_as": "predictor",
+    "served_of": "predictor",
     "Relevance": "policy",
     "RelevancePress": "press",
     "load_relevance": "files",

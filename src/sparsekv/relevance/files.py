@@ -7,23 +7,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
+    RelevancePredictor,
+    Served,
     attach_relevance,
     config_of,
     has_relevance,
     relevance_modules,
+    serve_as,
+    served_of,
 )
 
 
 def save_relevance(model: Any, folder: str | Path) -> Path:
     """Write `folder/relevance.safetensors` (to a temporary name, then renamed) and return its path.
 
-    The metadata say the predictors' config and the shape of the model they belong to.
+    The metadata say the predictors' config, how to serve them and the shape of the model they belong to.
     """
     from safetensors.torch import save_file
 
@@ -32,7 +38,12 @@ def save_relevance(model: Any, folder: str | Path) -> Path:
         for index, module in relevance_modules(model).items()
         for name, value in getattr(module, NAME).state_dict().items()
     }
-    metadata = {"format": "pt", "relevance": json.dumps(config_of(model)), "model": json.dumps(_shape(model))}
+    metadata = {
+        "format": "pt",
+        "relevance": json.dumps(config_of(model)),
+        "served": json.dumps(asdict(served_of(model))),
+        "model": json.dumps(_shape(model)),
+    }
     target = Path(folder) / RELEVANCE_FILE
     temporary = target.with_name(target.name + ".tmp")
     save_file(tensors, temporary, metadata=metadata)
@@ -43,42 +54,80 @@ def save_relevance(model: Any, folder: str | Path) -> Path:
 def load_relevance(model: Any, folder: str | Path) -> Any:
     """Attach the predictors of `folder/relevance.safetensors` (or of that very file) and return the model.
 
-    Predictors of the same shape that are there already are filled in place, so that an optimizer keeps them.
+    Predictors of the same shape that are there already are filled in place, so that an optimizer keeps them. A file
+    that does not say how to serve them (an older one) gets the defaults of `Served`.
 
     Raises
     ------
     ConfigError
-        A missing or corrupt file, or predictors of a model of another shape.
+        A missing or corrupt file, or predictors of a model of another shape; the model is left as it was.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(folder)
     path = path / RELEVANCE_FILE if path.is_dir() else path
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"relevance file '{path}' cannot be read: {error}") from error
-    if "relevance" not in metadata or "model" not in metadata:
-        raise ConfigError(f"relevance file '{path}' does not say its model; it was not written by sparsekv")
-    theirs, ours = json.loads(metadata["model"]), _shape(model)
-    for key, value in ours.items():
+    config, served, theirs, tensors = _read(path)
+    for key, value in _shape(model).items():
         if theirs.get(key) != value:
             raise ConfigError(
                 f"relevance file '{path}' is for another model: {key} {theirs.get(key)!r}, this one has {value!r}"
             )
-    config = RelevanceConfig(**json.loads(metadata["relevance"]))
+    _check_tensors(path, model, config, tensors)
     if not has_relevance(model) or config_of(model) != asdict(config):
         attach_relevance(model, config)
     for index, module in relevance_modules(model).items():
         prefix = f"layers.{index}."
         state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        try:
-            getattr(module, NAME).load_state_dict(state)
-        except RuntimeError as error:
-            raise ConfigError(f"relevance file '{path}' does not fit layer {index}: {error}") from error
-    return model
+        getattr(module, NAME).load_state_dict(state)
+    return serve_as(model, served)
+
+
+def _read(path: Path) -> tuple[RelevanceConfig, Served, dict[str, Any], dict[str, torch.Tensor]]:
+    """(shape of the predictors, how to serve them, shape of their model, tensors by name) of a file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"relevance file '{path}' cannot be read: {_one_line(error)}") from error
+    if "relevance" not in metadata or "model" not in metadata:
+        raise ConfigError(f"relevance file '{path}' does not say its model; it was not written by sparsekv")
+    try:
+        config = RelevanceConfig(**json.loads(metadata["relevance"]))
+        served = Served(**json.loads(metadata.get("served", "{}")))
+        model = dict(json.loads(metadata["model"]))
+    except (ValueError, TypeError, ConfigError) as error:
+        raise ConfigError(
+            f"relevance file '{path}': its metadata cannot be read: {_one_line(error)}"
+        ) from error
+    return config, served, model, tensors
+
+
+def _check_tensors(path: Path, model: Any, config: RelevanceConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise unless a file has the tensors of every predictor of the model, in their shapes, and no others."""
+    size, heads = int(architecture.text_config(model).hidden_size), architecture.num_kv_heads(model)
+    with torch.device("meta"):
+        one = RelevancePredictor(size, heads, config).state_dict()
+    wanted = {
+        f"layers.{index}.{name}": tuple(value.shape)
+        for index in architecture.compressible_layers(model)
+        for name, value in one.items()
+    }
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if name not in wanted:
+            problem = f"has {name}, which no layer of the model takes"
+        elif found is None:
+            problem = f"does not fit layer {name.split('.')[1]}: {name} is missing"
+        elif found != wanted[name]:
+            problem = f"does not fit layer {name.split('.')[1]}: {name} is {found}, not {wanted[name]}"
+        else:
+            continue
+        raise ConfigError(f"relevance file '{path}' {problem}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _shape(model: Any) -> dict[str, Any]:

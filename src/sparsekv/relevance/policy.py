@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
-from sparsekv.policies.sizes import check_size
-from sparsekv.relevance.predictor import relevance_of
+from sparsekv.policies.learned_scores import relevance_of_entries
+from sparsekv.relevance.predictor import Served, served_by
 
 
 @dataclass(frozen=True)
@@ -24,39 +23,44 @@ class Relevance(LayerPolicy):
 
     Parameters
     ----------
-    n_sink, n_recent : int >= 0
-        First and last entries that always stay; they count in a budget.
-    threshold : float
-        In logits; 0 is a relevance of one half.
+    n_sink, n_recent : int >= 0, optional
+        First and last entries that always stay; they count in a budget. Default: what the model's predictors were
+        trained with (`Served`; 4 and 16 where their file does not say).
+    threshold : float, optional
+        In logits; 0 is a relevance of one half. Default: the predictors' own (0 where their file does not say).
     """
 
-    n_sink: int = 4
-    n_recent: int = 16
-    threshold: float = 0.0
+    n_sink: int | None = None
+    n_recent: int | None = None
+    threshold: float | None = None
     name = "relevance"
     own_sizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_size(self.name, "n_sink", self.n_sink)
-        check_size(self.name, "n_recent", self.n_recent)
+        self._over(Served())  # so that a wrong size is told now
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """g, fp32 [B, H, T]; +inf for entries that always stay. Higher = keep."""
         n = ctx.keys.shape[2]
-        if ctx.hidden_states.shape[1] != n:
-            raise ConfigError(
-                "method 'relevance' scores a token from its hidden state, which is known only while it is read: "
-                "it compresses a whole context once (no chunk, phase='prefill', first turn)"
-            )
-        return relevance_of(ctx.module, ctx.hidden_states).masked_fill(self.protected(n, ctx), torch.inf)
+        return relevance_of_entries(ctx, self.name).masked_fill(self.protected(n, ctx), torch.inf)
 
     def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
-        """BoolTensor [B, H, T]."""
+        """BoolTensor [B, H, T]; every head keeps at least one entry."""
         if budget.given:
             return super().keep_layer(ctx, budget)
-        return self.score_layer(ctx, budget) > self.threshold
+        scores = self.score_layer(ctx, budget)
+        return (scores > self.served(ctx).threshold).scatter(-1, scores.argmax(-1, keepdim=True), True)
 
     def protected(self, n: int, ctx: LayerContext) -> Tensor:
         """BoolTensor [n]: sinks and recent entries."""
         column = torch.arange(n, device=ctx.hidden_states.device)
-        return (column < self.n_sink) | (column >= n - self.n_recent)
+        served = self.served(ctx)
+        return (column < served.n_sink) | (column >= n - served.n_recent)
+
+    def served(self, ctx: LayerContext) -> Served:
+        """What holds in a layer: this policy's parameters, and its predictor's where they are None."""
+        return self._over(served_by(ctx.module))
+
+    def _over(self, default: Served) -> Served:
+        given = {field: getattr(self, field) for field in ("n_sink", "n_recent", "threshold")}
+        return replace(default, **{field: value for field, value in given.items() if value is not None})

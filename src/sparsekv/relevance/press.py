@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparsekv import architecture
+from sparsekv.errors import ConfigError
 from sparsekv.policies.as_press import PolicyPress
 from sparsekv.policies.budget import Scope
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.policy import Relevance
-from sparsekv.relevance.predictor import has_relevance
+from sparsekv.relevance.predictor import NAME, detach_relevance, relevance_modules
 
 
 class RelevancePress(PolicyPress):
@@ -27,9 +31,10 @@ class RelevancePress(PolicyPress):
         Over what the count is fixed; the predictors are trained for the whole model. Heads that keep different numbers
         are hidden as kvpress's AdaKVPress hides them.
     folder : str or Path, optional
-        Predictors to attach to a model that has none.
+        Where the predictors are; they take the place of the model's own, until the context manager ends. Inside
+        another press, which enters only its own context manager, they stay on the model.
     **parameters
-        Of the policy: n_sink, n_recent, threshold.
+        Of the policy: n_sink, n_recent, threshold; by default what the predictors were trained with.
     """
 
     def __init__(
@@ -40,10 +45,18 @@ class RelevancePress(PolicyPress):
         folder: str | Path | None = None,
         **parameters: Any,
     ) -> None:
-        super().__init__(
-            Relevance(**parameters), compression_ratio, scope="head" if compression_ratio is None else scope
-        )
+        super().__init__(Relevance(**parameters), compression_ratio, scope=scope)
         self.folder = folder
+        self._predictors: dict[int, Any] = {}
+
+    @property
+    def scope(self) -> Scope:
+        """As given; without a ratio each layer decides for itself, and its heads keep different numbers."""
+        return "layer" if self._ratio is None else self._scope
+
+    @scope.setter
+    def scope(self, value: Scope) -> None:
+        self._scope = value
 
     @classmethod
     def from_pretrained(
@@ -56,14 +69,39 @@ class RelevancePress(PolicyPress):
         ConfigError
             If the folder has no relevance.safetensors.
         """
-        from sparsekv.errors import ConfigError
-
         if not (Path(folder) / RELEVANCE_FILE).is_file():
             raise ConfigError(f"folder '{folder}' has no {RELEVANCE_FILE}")
         return cls(compression_ratio, folder=folder, **arguments)
 
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """As `PolicyPress`'s; afterwards the model has the predictors it had before, or none."""
+        if self.folder is None:
+            with super().__call__(model):
+                yield
+            return
+        before = _predictors_of(model)
+        try:
+            self._attach(model)
+            with super().__call__(model):
+                yield
+        finally:
+            detach_relevance(model)
+            modules = architecture.attention_modules(model)
+            for index, predictor in before.items():
+                setattr(modules[index], NAME, predictor)
+
     def post_init_from_model(self, model: Any) -> None:
-        """Attach the folder's predictors, if the model has none."""
+        """Attach the folder's predictors, if they are not on the model yet."""
         super().post_init_from_model(model)
-        if self.folder is not None and not has_relevance(model):
-            load_relevance(model, self.folder)
+        if self.folder is not None and not (self._predictors and _predictors_of(model) == self._predictors):
+            self._attach(model)
+
+    def _attach(self, model: Any) -> None:
+        detach_relevance(model)  # loading would otherwise fill the model's own, which come back later
+        load_relevance(model, str(self.folder))
+        self._predictors = _predictors_of(model)
+
+
+def _predictors_of(model: Any) -> dict[int, Any]:
+    return {index: getattr(module, NAME) for index, module in relevance_modules(model).items()}
