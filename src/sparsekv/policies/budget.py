@@ -12,6 +12,11 @@ Scope = Literal["head", "layer", "model"]
 SCOPES: tuple[Scope, ...] = ("head", "layer", "model")
 
 
+def removed_fraction(keep_ratio: float) -> float:
+    """The compression_ratio that leaves `keep_ratio` of the entries: 0.9 -> 0.1, without 0.09999999999999998."""
+    return round(1 - keep_ratio, 12)
+
+
 @dataclass(frozen=True)
 class Budget:
     """A target for eviction: a fraction to remove, or a number of entries to keep.

@@ -20,6 +20,7 @@ from sparsekv.policies.attention_scores import attention_over_uniform
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.blocks import DEFAULT_RECENT, Middle, middle_of
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.learned_scores import relevance_of_entries
 from sparsekv.policies.sizes import check_size, refuse_budget
 
 On = Literal["attention", "relevance"]
@@ -133,7 +134,7 @@ class SoftThreshold(LayerPolicy):
     def _scores(self, ctx: LayerContext, *, differentiable: bool) -> Tensor:
         """FloatTensor [B, H, T], fp32."""
         if self.on == "relevance":
-            return _relevance(ctx)
+            return relevance_of_entries(ctx, self.name)
         ratio = attention_over_uniform(ctx, self.window, self.block_size, differentiable=differentiable)
         return ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log()
 
@@ -168,23 +169,6 @@ def threshold_for(scores: Tensor, n_kept: int, temperature: float) -> Tensor:
         too_many = ((scores - middle) / temperature).sigmoid().sum(-1, keepdim=True) > n_kept
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     return (low + high) / 2
-
-
-def _relevance(ctx: LayerContext) -> Tensor:
-    """Relevance logits [B, H, T], fp32, of every entry; gradients flow to the predictor."""
-    predictor = getattr(ctx.module, "relevance", None)
-    if predictor is None:
-        raise ConfigError(
-            f"soft_threshold: on='relevance' needs a relevance predictor, and layer {ctx.layer_idx} has none: "
-            "attach one, or use on='attention'"
-        )
-    if ctx.hidden_states.shape[1] != ctx.keys.shape[2]:
-        raise ConfigError(
-            f"soft_threshold: on='relevance' scores hidden states, and only {ctx.hidden_states.shape[1]} of the "
-            f"{ctx.keys.shape[2]} stored entries still have one; evict right after reading"
-        )
-    logits: Tensor = predictor(ctx.hidden_states)
-    return logits.transpose(1, 2).float()
 
 
 def _is_finite(value: object) -> bool:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,11 +26,12 @@ from sparsekv.policies.as_press import PolicyPress
 from sparsekv.policies.augment import EvictionAug
 from sparsekv.policies.base import Policy
 from sparsekv.policies.blocks import BlockDropout, VariableBlockDropout
-from sparsekv.policies.budget import Scope
+from sparsekv.policies.budget import Scope, removed_fraction
 from sparsekv.policies.positional import Full
 from sparsekv.policies.sentences import SentenceDropout
 from sparsekv.policies.sizes import refuse_budget
 from sparsekv.policies.soft import SoftThreshold
+from sparsekv.policies.sparsity import Sparsity, SparsityKind
 from sparsekv.registry import Registry
 
 PRESSES: Registry[type[PolicyPress]] = Registry("press")
@@ -67,7 +68,7 @@ def one_spelling(press: str, given: dict[str, Any]) -> dict[str, Any]:
         if key == "keep_ratio":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ConfigError(f"{press}: keep_ratio must be in (0, 1], got {value!r}")
-            value = 1 - value
+            value = removed_fraction(value)
         ours[name], spelled[name] = value, key
     return ours
 
@@ -282,34 +283,6 @@ class EvictionAugPress(PolicyPress):
         raise ConfigError(
             "EvictionAugPress draws a method per context: use it alone, not inside another press"
         )
-
-
-SparsityKind = Literal["entropy", "l1"]
-SPARSITY_KINDS: tuple[SparsityKind, ...] = ("entropy", "l1")
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """A loss that rewards attention on few entries.
-
-    Parameters
-    ----------
-    kind : "entropy" or "l1"
-        Of each query's weights p: their entropy, or the ratio ||p||_1 / ||p||_2 (Hoyer 2004, "Non-negative matrix
-        factorization with sparseness constraints", section 3.1). The plain l1 norm of a softmax is always 1.
-    weight : float >= 0
-        Factor in the training loss.
-    """
-
-    kind: SparsityKind = "entropy"
-    weight: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.kind not in SPARSITY_KINDS:
-            raise unknown("sparsity kind", self.kind, SPARSITY_KINDS)
-        weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ConfigError(f"sparsity weight must be a number >= 0, got {weight!r}")
 
 
 @PRESSES.register("sparse_reg")

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 from sparsekv.errors import ConfigError, unknown
+from sparsekv.policies.budget import removed_fraction
 from sparsekv.registry import Registry
 from sparsekv.training.adaptive_curriculum import AdaptiveCurriculum
 from sparsekv.training.curriculum import Curriculum, checked_ratio
@@ -255,11 +256,6 @@ def make_curriculum(name: str, **args: Any) -> Curriculum:
     except TypeError as error:
         # every name is known by now: what is left is a parameter without a default
         raise ConfigError(f"curriculum {name}: {str(error).partition('() ')[2] or error}") from None
-
-
-def removed_fraction(keep_ratio: float) -> float:
-    """The compression_ratio that leaves `keep_ratio` of the entries: 0.9 -> 0.1, without 0.09999999999999998."""
-    return round(1 - keep_ratio, 12)
 
 
 def _removed(name: str, key: str, value: Any) -> Any:
