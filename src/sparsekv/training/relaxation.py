@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerContext
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.sizes import check_size
+from sparsekv.policies.soft import threshold_for
 from sparsekv.relevance.policy import Relevance
 from sparsekv.relevance.predictor import relevance_of
 
@@ -47,7 +49,7 @@ class RelaxedRelevance(Relevance):
 
     def weigh_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """Log weights <= 0, fp32 [B, H, T]; 0 for entries that always stay."""
-        g = relevance_of(ctx.module, ctx.hidden_states) - self.threshold
+        g = relevance_of(ctx.module, ctx.hidden_states) - self.served(ctx).threshold
         if self.noise:
             generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + ctx.layer_idx) % 2**63)
             u = torch.rand(g.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(g.device)
@@ -86,35 +88,49 @@ class Relaxation:
         for field in ("temperature_start", "temperature_end"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"relevance {field} must be above 0, got {getattr(self, field)!r}")
+        for field in ("n_sink", "n_recent"):
+            check_size("relevance", field, getattr(self, field))
         for field in ("noise", "budget_weight"):
             if not getattr(self, field) >= 0:
                 raise ConfigError(f"relevance {field} must be at least 0, got {getattr(self, field)!r}")
 
-    def policy(self, progress: float, threshold: float = 0.0) -> RelaxedRelevance:
-        """The soft policy at `progress` (0 to 1) of training."""
+    def policy(
+        self, progress: float, ratio: float = 0.0, quantiles: ScoreQuantiles | None = None
+    ) -> RelaxedRelevance:
+        """The soft policy at `progress` (0 to 1) of training; the ratio moves the threshold with "quantile"."""
         start, end = self.temperature_start, self.temperature_end
+        temperature = start + (end - start) * min(max(progress, 0.0), 1.0)
+        threshold = 0.0
+        if self.threshold == "quantile" and quantiles is not None:
+            threshold = quantiles.threshold(ratio, temperature)
         return RelaxedRelevance(
             n_sink=self.n_sink,
             n_recent=self.n_recent,
-            threshold=threshold if self.threshold == "quantile" else 0.0,
-            temperature=start + (end - start) * min(max(progress, 0.0), 1.0),
+            threshold=threshold,
+            temperature=temperature,
             noise=self.noise,
         )
 
-    def penalty(self, soft_kept: Mapping[int, Tensor], ratio: float, shares: Tensor) -> Tensor | None:
+    def penalty(
+        self, soft_kept: Mapping[int, Tensor], ratio: float, shares: Tensor, contexts: Tensor
+    ) -> Tensor | None:
         """The budget's loss; None where the threshold holds the budget.
 
-        Every row has the budget to itself, shared by the layers. So how rows are put into batches changes nothing.
+        Every row has the budget to itself, shared by the layers. So how rows are put into batches changes nothing. What
+        always stays is part of it, so a context that these entries fill up is asked for no less than them.
 
         Parameters
         ----------
         soft_kept : layer -> mean soft weights [B], nan for a row without a context
         ratio : fraction to remove
         shares : FloatTensor [B], each row's weight in the step
+        contexts : LongTensor [B], entries before the boundary
         """
         if self.threshold == "quantile" or not soft_kept:
             return None
-        over = torch.relu(torch.stack(list(soft_kept.values())).mean(0) - (1 - ratio)).square()
+        always = (self.n_sink + self.n_recent) / contexts.clamp_min(1)
+        target = always.clamp(min=1 - ratio, max=1.0)
+        over = torch.relu(torch.stack(list(soft_kept.values())).mean(0) - target).square()
         return self.budget_weight * (shares * torch.where(over.isnan(), 0.0, over)).sum()
 
     def without_noise(self) -> Relaxation:
@@ -138,12 +154,18 @@ class ScoreQuantiles:
         self._values: list[float] | None = None
 
     @classmethod
-    def of(cls, scores: Sequence[Tensor]) -> Tensor:
-        """The quantiles [GRID] of some scores: every layer's g, any shape; what always stays (infinite) is left out."""
+    def of(cls, scores: Sequence[Tensor]) -> Tensor | None:
+        """The quantiles [GRID] of some scores: every layer's g, any shape; None if there is no finite one.
+
+        What always stays (infinite) has its place at the top, as in a budget, with the largest finite score.
+        """
         every = torch.cat([score.detach().float().flatten() for score in scores])
-        every = every[torch.isfinite(every)]
-        places = torch.linspace(0, every.numel() - 1, cls.GRID, device=every.device).round().long()
-        return every.sort().values[places]
+        finite = every[torch.isfinite(every)]
+        if not finite.numel():
+            return None
+        ordered = every.clamp(max=float(finite.max())).sort().values
+        places = torch.linspace(0, ordered.numel() - 1, cls.GRID, device=every.device).round().long()
+        return ordered[places]
 
     def observe(self, quantiles: Tensor) -> None:
         """Hear one step's quantiles [GRID]."""
@@ -153,14 +175,15 @@ class ScoreQuantiles:
             now if old is None else [keep * a + (1 - keep) * b for a, b in zip(old, now, strict=True)]
         )
 
-    def threshold(self, ratio: float) -> float:
-        """The score below which the fraction `ratio` lies; -inf before anything was observed."""
-        if self._values is None:
+    def threshold(self, ratio: float, temperature: float) -> float:
+        """The t at which sigmoid((g - t) / temperature) has the mean 1 - ratio: soft steps keep what they should.
+
+        As the temperature goes to 0 it goes to the quantile below which the fraction `ratio` lies. -inf, which hides
+        nothing, for ratio 0 and before anything was observed.
+        """
+        if self._values is None or ratio <= 0:
             return float("-inf")
-        place = ratio * (self.GRID - 1)
-        low = min(int(place), self.GRID - 2)
-        share = place - low
-        return self._values[low] * (1 - share) + self._values[low + 1] * share
+        return float(threshold_for(torch.tensor(self._values), (1 - ratio) * self.GRID, temperature))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
