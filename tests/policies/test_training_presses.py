@@ -102,7 +102,7 @@ def test_the_issue_s_own_line() -> None:
     press = sparsekv.BlockDropoutPress(block_size=64, drop_ratio=0.3, protect_start=4, protect_recent=64)
     assert press.policy == BlockDropout(64, 4, 64) and press.compression_ratio == 0.3
     assert BlockDropoutPress(64, 0.3, 4, recent=64).policy == press.policy
-    assert BlockDropoutPress(keep_ratio=0.75).compression_ratio == 0.25
+    assert BlockDropoutPress(keep_ratio=0.9).compression_ratio == 0.1  # 1 - 0.9 is 0.09999999999999998
     assert BlockDropoutPress().policy == BlockDropout() == make_policy("block_dropout")
 
 
@@ -133,6 +133,18 @@ def test_soft_thresholds_are_annealed_and_served_hard(model: Any) -> None:
         press.temperature = 0
     with pytest.raises(ConfigError, match=r"threshold=0.2 and compression_ratio=0.5 are both given"):
         SoftThresholdPress(1.0, 0.2, 0.5)
+
+
+def test_a_threshold_takes_no_ratio_from_a_curriculum() -> None:
+    press = SoftThresholdPress(threshold=0.2)
+    with pytest.raises(ConfigError, match=r"threshold=0.2 and compression_ratio=0.3 are both given"):
+        press.compression_ratio = 0.3
+    press.compression_ratio = None
+    assert press.own_sized and press.budget() == Budget()
+    ratio = SoftThresholdPress(compression_ratio=0.2)
+    ratio.compression_ratio = 0.3
+    assert not ratio.own_sized and ratio.budget() == Budget(0.3)
+    assert not BlockDropoutPress().own_sized
 
 
 def test_a_model_wide_budget(model: Any) -> None:

@@ -46,9 +46,23 @@ def test_defaults_and_shorthands() -> None:
     assert config(train_model="frozen", **NO_PRESS).lora is None
     assert config(report_to="none").report_to == []
     assert config(report_to="tensorboard").report_to == ["tensorboard"]
-    assert config(method={"name": "snapkv", "budget_scope": "model"}, press=None).protected == 0
+    assert config(method={"name": "snapkv", "budget_scope": "layer"}, press=None).protected == 0
     assert config(**NO_PRESS).protected == 20  # 4 sinks and 16 recent
     assert config(press={"name": "block_dropout", "args": {"protect_start": 3, "recent": 40}}).protected == 43
+
+
+def test_soft_thresholds_on_relevance_train_predictors_in_every_step() -> None:
+    soft = {"name": "soft_threshold", "args": {"on": "relevance", "threshold": 0.0}}
+    changes = {"press": soft, "relevance": {"enabled": True}, "train_model": "frozen"}
+    assert config(**changes, press_share=1).press_share == 1
+    alone = config(press=soft, curriculum={"name": "fixed", "args": {"ratio": 0.0}})
+    assert alone.drops == alone.press and alone.press is not None and alone.press.has_threshold
+
+
+def test_all_weights_are_trained_in_float32() -> None:
+    assert config(train_model="full").weights_dtype == "float32"
+    assert config(train_model="full", dtype="float32", bf16=True).bf16
+    assert (config().weights_dtype, config(dtype="bfloat16").weights_dtype) == ("auto", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,33 @@ def test_round_trip_through_json(changes: dict[str, Any]) -> None:
         ({"lora": None}, "lora is null, so what is trained"),
         ({"train_model": "full", "lora": {"r": 8}}, "lora is given, but train_model is 'full'"),
         ({"train_model": "frozen"}, "'frozen' trains nothing without relevance"),
+        (
+            {"train_model": "frozen", "relevance": {"enabled": True}, "press_share": 0.5},
+            "'frozen' trains predictors alone, and nothing reaches them in the steps of 'block_dropout'",
+        ),
+        (
+            {"relevance": {"enabled": True}, "press_share": 1},
+            "press_share 1 gives every step to 'block_dropout', so predictors would never be trained",
+        ),
+        ({"adapter": "a", "train_model": "full"}, "adapter 'a' is given, but train_model is 'full'"),
+        (
+            {"adapter": "a", "train_model": "frozen", **NO_PRESS},
+            "adapter 'a' is given, but train_model is 'frozen'",
+        ),
+        (
+            {"train_model": "full", "dtype": "bfloat16"},
+            "dtype 'bfloat16' with train_model 'full'.*dtype: float32, and bf16: true",
+        ),
+        ({"train_model": "full", "dtype": "float16"}, "dtype 'float16' with train_model 'full'"),
+        (
+            {"press": None, "method": {"name": "snapkv", "budget_scope": "model"}},
+            "method.budget_scope: .*'head' or 'layer'.*got 'model'",
+        ),
+        ({"press": {"name": "soft_threshold", "args": {"scope": "model"}}}, "scope 'model', which needs"),
+        (
+            {"press": {"name": "soft_threshold", "args": {"threshold": 0.5}}},
+            "'soft_threshold' has a threshold of its own, .*name: fixed, args: .ratio: 0.0",
+        ),
         ({"train_model": "all"}, "train_model: .*'lora', 'full' or 'frozen'.*got 'all'"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout: .*less than 1, got 1.0"),
         ({"lora": {"targets": []}}, "lora.targets"),

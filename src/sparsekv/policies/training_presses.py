@@ -26,7 +26,7 @@ from sparsekv.policies.as_press import PolicyPress
 from sparsekv.policies.augment import EvictionAug
 from sparsekv.policies.base import Policy
 from sparsekv.policies.blocks import BlockDropout, VariableBlockDropout
-from sparsekv.policies.budget import Scope, removed_fraction
+from sparsekv.policies.budget import Budget, Scope, removed_fraction
 from sparsekv.policies.positional import Full
 from sparsekv.policies.sentences import SentenceDropout
 from sparsekv.policies.sizes import refuse_budget
@@ -121,6 +121,23 @@ class DropoutPress(PolicyPress):
         if sized:
             refuse_budget(policy.name, self.budget(), f"{self.own_size}={given[self.own_size]}")
 
+    @property
+    def own_sized(self) -> bool:
+        """True if a parameter of the policy sets the total: then there is no budget, and no curriculum sets a ratio."""
+        return bool(self.own_size) and getattr(self.policy, self.own_size) is not None
+
+    @property
+    def compression_ratio(self) -> float:
+        """The ratio asked for; without one, what the last context lost. Settable unless `own_sized`."""
+        return super().compression_ratio
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float | None) -> None:
+        if self.own_sized and value is not None:
+            own = f"{self.own_size}={getattr(self.policy, self.own_size)}"
+            refuse_budget(self.policy.name, Budget(value), own)
+        self._ratio = value
+
 
 @PRESSES.register("block_dropout")
 class BlockDropoutPress(DropoutPress):
@@ -204,7 +221,9 @@ class SoftThresholdPress(DropoutPress):
 
     @property
     def temperature(self) -> float:
-        """In units of the score; settable, so that a trainer can anneal it towards 0."""
+        """In units of the score; settable, so that one can anneal it towards 0. `policy` is then replaced by one that
+        has it, so read `policy` anew in every step.
+        """
         return self._soft.temperature
 
     @temperature.setter

@@ -18,11 +18,13 @@ from sparsekv.training.config_parts import (
     Objective,
     Positive,
     Press,
+    PressConfig,
     RelevanceOptions,
+    TrainMethodConfig,
     TrainModel,
     protected_tokens,
 )
-from sparsekv.training.curricula import Curriculum
+from sparsekv.training.curricula import Curriculum, FixedCurriculum
 from sparsekv.training.data_spec import DataConfig
 
 
@@ -39,7 +41,9 @@ class TrainConfig(Strict):
     ----------
     model : a Hub id, a local folder, or a name of `sparsekv ls models`
     adapter : folder of a LoRA adapter (and its predictors) to start from
-    dtype, device, trust_remote_code : how the model is loaded (load_model)
+    dtype, device, trust_remote_code : how the model is loaded (load_model). With train_model "full" the weights are
+        float32, which "auto" then means
+    bf16 : compute in bfloat16 where that is safe (autocast), whatever dtype the weights have
     seed : of the data, the random presses and the weights of adapters and predictors
     output_dir : where checkpoints and the result go; the same command again resumes
     data : what is trained on
@@ -76,6 +80,7 @@ class TrainConfig(Strict):
     model: str = Field(min_length=1)
     adapter: str | None = None
     dtype: DType = "auto"
+    bf16: bool = False
     device: str = "auto"
     trust_remote_code: bool = False
     seed: int = Field(default=0, ge=0)
@@ -128,6 +133,16 @@ class TrainConfig(Strict):
     def _check_what_is_trained(self) -> TrainConfig:
         if self.lora is not None and self.train_model != "lora":
             raise ValueError(f"lora is given, but train_model is '{self.train_model}'; give one")
+        if self.adapter is not None and self.train_model != "lora":
+            raise ValueError(
+                f"adapter '{self.adapter}' is given, but train_model is '{self.train_model}'; training goes on from an "
+                "adapter with train_model lora only (sparsekv merge makes a model of it)"
+            )
+        if self.train_model == "full" and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"dtype '{self.dtype}' with train_model 'full': updates smaller than a 16-bit weight's last digit "
+                "would be lost; give dtype: float32, and bf16: true to compute in bfloat16"
+            )
         if self.train_model == "frozen" and not self.relevance.enabled:
             raise ValueError("train_model 'frozen' trains nothing without relevance: {enabled: true}")
         if self.press is not None and self.method is not None:
@@ -143,7 +158,34 @@ class TrainConfig(Strict):
                 f"press_share {self.press_share:g} {given} both relevance and a press or method; it says which share "
                 "of the steps the press takes when predictors are trained too"
             )
+        self._check_that_every_step_trains()
         return self
+
+    def _check_that_every_step_trains(self) -> None:
+        drops = self.drops
+        if drops is None:
+            return
+        if (
+            drops.has_threshold
+            and not self.relevance.enabled
+            and self.make_curriculum() != FixedCurriculum(0.0)
+        ):
+            raise ValueError(
+                f"'{drops.name}' has a threshold of its own, which no ratio can be given beside; give "
+                "curriculum: {name: fixed, args: {ratio: 0.0}}"
+            )
+        if drops.trains_predictors:
+            return
+        if self.train_model == "frozen":
+            raise ValueError(
+                f"train_model 'frozen' trains predictors alone, and nothing reaches them in the steps of "
+                f"'{drops.name}'; leave it out, or give train_model: lora"
+            )
+        if self.press_share == 1:
+            raise ValueError(
+                f"press_share 1 gives every step to '{drops.name}', so predictors would never be trained; give less, "
+                "or relevance: {enabled: false}"
+            )
 
     @model_validator(mode="after")
     def _check_dropping(self) -> TrainConfig:
@@ -190,12 +232,20 @@ class TrainConfig(Strict):
         return self
 
     @property
+    def drops(self) -> PressConfig | TrainMethodConfig | None:
+        """The press or method; None if predictors alone drop entries."""
+        return self.press if self.press is not None else self.method
+
+    @property
+    def weights_dtype(self) -> DType:
+        """What the weights are loaded in: `dtype`, but float32 for "auto" where all of them are trained."""
+        return "float32" if self.train_model == "full" and self.dtype == "auto" else self.dtype
+
+    @property
     def protected(self) -> int:
         """First and last entries that always stay, as far as the config says."""
-        if self.press is not None:
-            return protected_tokens(self.press.args)
-        if self.method is not None:
-            return protected_tokens(self.method.args)
+        if self.drops is not None:
+            return protected_tokens(self.drops.args)
         return self.relevance.n_sink + self.relevance.n_recent
 
     def make_curriculum(self) -> Curriculum:

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sparsekv.config import Strict
 from sparsekv.errors import ConfigError, nearest
-from sparsekv.policies.budget import Scope
 from sparsekv.training.curricula import Curriculum, make_curriculum
 
 TrainModel = Literal["lora", "full", "frozen"]
@@ -23,6 +22,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _RATIOS = ("compression_ratio", "drop_ratio", "keep_ratio", "base_drop_ratio", "tokens", "budget_tokens")
 _SINKS = ("n_sink", "protect_start", "sink_size", "sink_tokens")
 _RECENT = ("n_recent", "protect_recent", "recent", "recent_size", "recent_tokens")
+
+
+_SOFT = "soft_threshold"
 
 
 def named(value: Any) -> Any:
@@ -56,7 +58,22 @@ class _Dropping(Named):
                     f"args of '{self.name}' has {key}; the curriculum sets the ratio at every step "
                     "(curriculum: {name: fixed, args: {ratio: 0.5}} for one that stays)"
                 )
+        if self.args.get("scope") == "model":
+            raise ValueError(
+                f"args of '{self.name}' has scope 'model', which needs the scores of every layer before the first one "
+                "attends; allowed while training: 'head' or 'layer'"
+            )
         return self
+
+    @property
+    def has_threshold(self) -> bool:
+        """True if a threshold of its own decides, and no ratio."""
+        return self.name == _SOFT and self.args.get("threshold") is not None
+
+    @property
+    def trains_predictors(self) -> bool:
+        """True if gradients reach relevance predictors through what it hides."""
+        return self.name == _SOFT and self.args.get("on") == "relevance"
 
 
 class PressConfig(_Dropping):
@@ -77,10 +94,11 @@ class TrainMethodConfig(_Dropping):
     ----------
     name : the method
     args : the parameters of its policy
-    budget_scope : over what the count of kept entries is fixed: "head", "layer" or "model"
+    budget_scope : over what the count of kept entries is fixed: "head" or "layer" (each layer decides while it runs,
+        so none can be shared by the whole model)
     """
 
-    budget_scope: Scope = "head"
+    budget_scope: Literal["head", "layer"] = "head"
 
 
 _OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
@@ -173,20 +191,21 @@ class CurriculumConfig(Named):
 class RelevanceOptions(Strict):
     """Learned eviction: predictors of relevance, trained through a relaxed Selection.
 
-    Entries of the context get log sigmoid((g + noise * logistic) / temperature) added to their attention logits, g
-    being the predictor's score, and the mean of sigmoid(g) over the whole model is held at the fraction to keep.
+    Entries of the context get log w, w = sigmoid((g + noise * logistic) / temperature), added to their attention
+    logits, g being the predictor's score; w = 1 for those that always stay. The mean of w over a context's entries, the latter
+    included, and over the whole model is held at the fraction to keep.
 
     Parameters
     ----------
     enabled : train predictors; with neither press nor method they are what drops entries
     width : hidden units of a two-layer predictor; 0: linear
     bias : where the scores start; 3 keeps 95 % of every entry at first
-    threshold : how the budget is held. "learned": by a penalty on the mean of sigmoid(g). "quantile": the running
-        quantile of all scores at the ratio is subtracted from them, and no penalty is needed.
+    threshold : how the budget is held. "learned": by a penalty on the mean of w. "quantile": the running quantile of
+        all scores at the ratio is subtracted from them, and no penalty is needed.
     lr, weight_decay : of the predictors; that of the model's own parameters is the config's
     noise : size of the logistic noise on the scores
     temperature_start, temperature_end : of the relaxation, over the run: soft, then nearly hard
-    budget_weight : weight of relu(mean sigmoid(g) - kept fraction)², for threshold "learned"
+    budget_weight : weight of relu(mean w - kept fraction)², for threshold "learned"
     n_sink, n_recent : first and last entries of the context that always stay
     """
 
