@@ -165,11 +165,9 @@ class TrainConfig(Strict):
         drops = self.drops
         if drops is None:
             return
-        if (
-            drops.has_threshold
-            and not self.relevance.enabled
-            and self.make_curriculum() != FixedCurriculum(0.0)
-        ):
+        curriculum = self.make_curriculum()
+        none = isinstance(curriculum, FixedCurriculum) and curriculum.ratio(0, self.steps) == 0
+        if drops.has_threshold and not self.relevance.enabled and not none:
             raise ValueError(
                 f"'{drops.name}' has a threshold of its own, which no ratio can be given beside; give "
                 "curriculum: {name: fixed, args: {ratio: 0.0}}"

@@ -192,8 +192,8 @@ class RelevanceOptions(Strict):
     """Learned eviction: predictors of relevance, trained through a relaxed Selection.
 
     Entries of the context get log w, w = sigmoid((g + noise * logistic) / temperature), added to their attention
-    logits, g being the predictor's score; w = 1 for those that always stay. The mean of w over a context's entries, the latter
-    included, and over the whole model is held at the fraction to keep.
+    logits, g being the predictor's score; w = 1 for those that always stay. The mean of w over a context's entries,
+    the latter included, and over the whole model is held at the fraction to keep.
 
     Parameters
     ----------
