@@ -93,10 +93,41 @@ def test_predictors_alone_and_whole_models(adapter: Path, toy_model_dir: Path, t
     plain, _ = load_model(str(folder), dtype="float32", device="cpu")
     assert torch.equal(logits(plain), logits(base))
     assert (folder / "relevance.safetensors").is_file()
+    # as the card of a frozen run says: with its base
+    named = merge_adapter(frozen, tmp_path / "named", model=str(toy_model_dir))
+    assert (named / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (named / "relevance.safetensors").read_bytes() == (folder / "relevance.safetensors").read_bytes()
+    (frozen / "relevance.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        merge_adapter(frozen, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
     again = merge_adapter(folder, tmp_path / "b", dtype="bfloat16")
     assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(ConfigError, match="is a whole model"):
         merge_adapter(folder, tmp_path / "c", model=str(toy_model_dir))
+
+
+def test_predictors_of_an_embedded_model_find_it_by_its_public_id(
+    adapter: Path, toy_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen run's training_config.json names the Hub id, which need not be in the Hub's cache."""
+    from sparsekv.models import merge
+
+    (adapter / "adapter_config.json").unlink()
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (adapter / "training_config.json").write_text(json.dumps({"model": hub}))
+    asked: list[str] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append(name)
+        return load_model(str(toy_model_dir), **options)
+
+    monkeypatch.setattr(merge, "load_model", load)
+    monkeypatch.setattr(merge, "cached_folder", lambda name: None)
+    merge_adapter(adapter, tmp_path / "a", dtype="float32")
+    monkeypatch.setattr(merge, "cached_folder", lambda name: toy_model_dir)
+    merge_adapter(adapter, tmp_path / "b", dtype="float32")
+    assert asked == ["smollm2", hub]
 
 
 def test_refusals(

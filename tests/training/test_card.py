@@ -28,11 +28,10 @@ ROWS = [
 ]
 
 
-def card(**changes: Any) -> str:
-    settings = public_settings(parse_config(TrainConfig, CONFIG))
-    return model_card(
-        settings, ROWS, **({"license_id": "apache-2.0", "adapter": True, "relevance": True} | changes)
-    )
+def card(train_model: str = "lora", **changes: Any) -> str:
+    plain = {} if train_model == "lora" else {"lora": None, "train_model": train_model}
+    settings = public_settings(parse_config(TrainConfig, CONFIG | plain))
+    return model_card(settings, ROWS, **({"license_id": "apache-2.0", "relevance": True} | changes))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -51,10 +50,11 @@ def test_front_matter() -> None:
         "adapter",
     )
     assert {"lora", "learned-eviction", "kv-cache"} <= set(front["tags"])
-    full = front_matter(card(adapter=False, relevance=False, license_id=None))
+    full = front_matter(card("full", license_id=None))
     assert (full["library_name"], full["base_model_relation"]) == ("transformers", "finetune")
     assert "license" not in full and "lora" not in full["tags"]
-    frozen = front_matter(card(adapter=False))
+    assert "learned-eviction" in full["tags"]
+    frozen = front_matter(card("frozen"))
     assert frozen["library_name"] == "transformers" and "base_model_relation" not in frozen
 
 
@@ -68,17 +68,26 @@ def test_only_measured_numbers() -> None:
     assert "cross-entropy + 0.5 · KL at temperature 1" in text
     assert "| entries dropped by | learned relevance |" in text
     settings = public_settings(parse_config(TrainConfig, CONFIG))
-    empty = model_card(settings, [], license_id=None, adapter=True, relevance=False)
+    empty = model_card(settings, [], license_id=None, relevance=False)
     assert "Nothing was logged." in empty and "2.346" not in empty
 
 
-def test_how_to_use_it_follows_from_the_files() -> None:
+def test_how_to_use_it_follows_from_what_was_trained() -> None:
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert f'load_model("{hub}", adapter="trained")' in card()
-    assert "load_relevance(" not in card()
-    frozen = card(adapter=False)
-    assert f'load_model("{hub}")' in frozen and 'load_relevance(model, "trained")' in frozen
-    assert 'load_model("trained")' in card(adapter=False, relevance=False)
+    merge = f"sparsekv merge trained --model {hub} --output merged"
+    adapter = card()
+    assert f'load_model("{hub}", adapter="trained")' in adapter and merge in adapter
+    assert "load_relevance(" not in adapter
+    frozen = card("frozen")
+    assert (
+        f'load_model("{hub}")' in frozen and 'load_relevance(model, "trained")' in frozen and merge in frozen
+    )
+    assert "Relevance predictors for" in frozen
+    for relevance in (True, False):  # load_model attaches what lies beside the weights
+        whole = card("full", relevance=relevance)
+        assert 'load_model("trained")' in whole and "load_relevance(" not in whole
+        assert "Fine-tuned from" in whole and "sparsekv merge" not in whole
+        assert ("method `relevance`" in whole) == relevance
 
 
 def test_license_of(tmp_path: Path) -> None:

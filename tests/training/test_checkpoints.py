@@ -16,6 +16,8 @@ from sparsekv.training.checkpoints import (
     clear,
     damage,
     latest_whole,
+    list_checkpoints,
+    rotate,
     seal,
     step_of,
 )
@@ -106,6 +108,32 @@ def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
     assert damage(folder) is None
     (folder / "late.bin").write_bytes(b"y")
     assert damage(folder) == "late.bin is corrupt"
+
+
+def test_rotation_keeps_whole_ones_whatever_their_dates(tmp_path: Path) -> None:
+    folders = {step: make(tmp_path, step) for step in (100, 20, 9, 40, 60)}  # 100 is the oldest on the disk
+    (folders[60] / "manifest.json").unlink()  # killed while it was saved: it must not count
+    (folders[40] / "shards" / "rank0.pt").write_bytes(b"cut")
+    stale = tmp_path / ".final.partial-abc"
+    (stale / "final").mkdir(parents=True)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    removed = rotate(tmp_path, 2)
+    assert [path.name for path in removed] == ["checkpoint-9", "checkpoint-40", "checkpoint-60"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-20", "checkpoint-100", "final", "checkpoint-best"}
+    assert latest_whole(tmp_path).path == folders[100] and damage(folders[20]) is None
+    assert rotate(tmp_path, 2) == []
+    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
+        rotate(tmp_path, 0)
+
+
+def test_rotation_removes_nothing_while_nothing_is_whole(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (make(tmp_path, step) / "manifest.json").unlink()
+    assert rotate(tmp_path, 1) == [] and len(list_checkpoints(tmp_path)) == 2
+    make(tmp_path, 3)
+    assert len(rotate(tmp_path, 1)) == 2 and [step_of(p) for p in list_checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +243,7 @@ def test_final_appears_when_it_is_whole(tmp_path: Path, toy_tokenizer: Any, toy_
             output, made, save_weights=fail, tokenizer=toy_tokenizer, curriculum=made.make_curriculum()
         )
     assert list(output.iterdir()) == []
+    (output / ".final.partial-killed" / "final").mkdir(parents=True)
     log = MetricsLog(output / "metrics.jsonl")
     log.append(10, {"loss": 1.25})
     for _ in range(2):  # the second replaces the first

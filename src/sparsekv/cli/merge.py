@@ -11,11 +11,18 @@ import typer
 def merge(
     trained: Annotated[
         Path,
-        typer.Argument(help="Folder of an adapter, or a training run's output folder (its final/ is taken)."),
+        typer.Argument(
+            help="Folder of an adapter, of predictors or of a whole model, or a training run's output folder (its "
+            "final/ is taken)."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="The base model; by default the one that the adapter names.")
+        str | None,
+        typer.Option(
+            "--model",
+            help="The base of an adapter or of predictors; by default the one that the folder names.",
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (that of the base's files), float32, bfloat16 or float16.")
@@ -24,7 +31,7 @@ def merge(
         bool, typer.Option("--trust-remote-code", help="Allow code from the base's repository to run.")
     ] = False,
 ) -> None:
-    """Merge an adapter into its base: a folder that any engine serves, relevance.safetensors beside it."""
+    """Write base and adapter as one folder that any engine serves, relevance.safetensors beside it."""
     from sparsekv.cli.quiet import quieten
 
     quieten()

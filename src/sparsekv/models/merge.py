@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import ConfigError
+from sparsekv.models.embedded import embedded_by_public_id
 from sparsekv.models.load import load_model
-from sparsekv.models.locate import ADAPTER_CONFIG, locate_model
-from sparsekv.relevance.files import RELEVANCE_FILE
+from sparsekv.models.locate import ADAPTER_CONFIG, cached_folder, locate_model
+from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
 from sparsekv.relevance.predictor import detach_relevance
 
 _TRAINING_CONFIG = "training_config.json"
@@ -38,7 +39,7 @@ def merge_adapter(
     output : folder
         Where to write; it must not be there yet, or be empty.
     model : str, optional
-        The base, as for `load_model`; by default the one that the adapter names.
+        The base of an adapter or of predictors, as for `load_model`; by default the one that the folder names.
     dtype : str
         Of the weights; "auto": that of the base's files.
     trust_remote_code : bool
@@ -52,7 +53,8 @@ def merge_adapter(
     Raises
     ------
     ConfigError
-        For a folder that is not one of these, an output that is in use, or a base that cannot be loaded.
+        For a folder that is not one of these, an output that is in use, a base that cannot be loaded, or an adapter or
+        predictors of another model.
     """
     source, target = _trained_folder(trained), Path(output).expanduser()
     _check_output(target, source)
@@ -64,6 +66,8 @@ def merge_adapter(
         device="cpu",
         trust_remote_code=trust_remote_code,
     )
+    if (source / RELEVANCE_FILE).is_file():
+        load_relevance(loaded, source)  # whether they fit is told before anything is written
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -119,14 +123,23 @@ def _parts(source: Path, model: str | None) -> tuple[str, Path | None]:
         return (str(source), None) if model is None else (model, source)
     if (source / "config.json").is_file():
         if model is not None:
-            raise ConfigError(f"folder '{source}' is a whole model; model {model!r} cannot be its base")
+            raise ConfigError(
+                f"folder '{source}' is a whole model (it has a config.json), so model {model!r} cannot be its base; "
+                "leave the model out"
+            )
         return str(source), None
     if model is None:
         try:
-            model = json.loads((source / _TRAINING_CONFIG).read_text(encoding="utf-8"))["model"]
+            model = _at_hand(json.loads((source / _TRAINING_CONFIG).read_text(encoding="utf-8"))["model"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"folder '{source}' does not name its base model; give it (--model)") from None
     return str(model), None
+
+
+def _at_hand(model: str) -> str:
+    """The embedded name of a public id that is not in the Hub's cache, as for the base of an adapter."""
+    embedded = embedded_by_public_id(model)
+    return model if embedded is None or cached_folder(model) is not None else embedded.name
 
 
 def _stored_dtype(base: str) -> str:

@@ -32,8 +32,7 @@ def write_card(
     Parameters
     ----------
     folder : Path
-        With the adapter or model in it, and relevance.safetensors if predictors were trained: what the card says of
-        how to load it follows from its files.
+        With the adapter or model in it, and relevance.safetensors if predictors were trained.
     settings : mapping
         The config without paths (`output.public_settings`).
     metrics : sequence of mappings
@@ -45,7 +44,6 @@ def write_card(
         settings,
         metrics,
         license_id=license_of(base),
-        adapter=(folder / "adapter_config.json").is_file(),
         relevance=(folder / "relevance.safetensors").is_file(),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -56,12 +54,19 @@ def model_card(
     metrics: Sequence[Mapping[str, Any]],
     *,
     license_id: str | None,
-    adapter: bool,
     relevance: bool,
 ) -> str:
-    """The card as text: YAML front matter and Markdown. Arguments as for `write_card`."""
-    base = settings["model"]
-    plain = not adapter and not relevance
+    """The card as text: YAML front matter and Markdown.
+
+    Parameters
+    ----------
+    settings, metrics
+        As for `write_card`. What was trained (`train_model`) decides what the card says of how to load it.
+    license_id : of the base; None if it isn't known
+    relevance : whether predictors lie beside
+    """
+    base, trained = settings["model"], settings["train_model"]
+    adapter, whole = trained == "lora", trained == "full"
     front: dict[str, Any] = {"base_model": base}
     if license_id is not None:
         front["license"] = license_id
@@ -70,9 +75,9 @@ def model_card(
     front["tags"] = [*(("lora",) if adapter else ()), *(("learned-eviction",) if relevance else ()), *_TAGS]
     if adapter:
         front["base_model_relation"] = "adapter"
-    elif plain:
+    elif whole:
         front["base_model_relation"] = "finetune"
-    what = "A LoRA adapter for" if adapter else "Fine-tuned from" if plain else "Relevance predictors for"
+    what = "A LoRA adapter for" if adapter else "Fine-tuned from" if whole else "Relevance predictors for"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -95,7 +100,8 @@ def model_card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in _settings(settings)),
         "",
-        "`training_config.json` has all of them; `sparsekv train training_config.json` runs them again.",
+        "`training_config.json` has all of them; `sparsekv train training_config.json` runs them again, where the",
+        "files that it names are there.",
         "",
         "## Measured while training",
         "",
@@ -103,7 +109,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_use(base, adapter, relevance),
+        *_use(base, trained, relevance),
         "",
     ]
     return "\n".join(lines)
@@ -203,13 +209,24 @@ def _measured(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _use(base: str, adapter: bool, relevance: bool) -> list[str]:
-    name = f'"{base}", adapter="trained"' if adapter else f'"{base}"' if relevance else '"trained"'
+def _use(base: str, trained: str, relevance: bool) -> list[str]:
+    """How to load it: an adapter on its base, a whole model, or predictors on the base they were trained for."""
+    alone = trained == "frozen"
+    name = {"lora": f'"{base}", adapter="trained"', "full": '"trained"', "frozen": f'"{base}"'}[trained]
     lines = ["With this folder downloaded as `trained`:", "", "```python", "from sparsekv import load_model"]
-    if relevance and not adapter:
+    if alone:
         lines += ["from sparsekv.relevance import load_relevance"]
     lines += ["", f"model, tokenizer = load_model({name})"]
-    if relevance and not adapter:
+    if alone:
         lines += ['load_relevance(model, "trained")']
-    lines += ["```", "", "As a plain folder that any engine serves:", ""]
-    return [*lines, f"    sparsekv merge trained --model {base} --output merged"]
+    lines += ["```", ""]
+    if relevance:
+        lines += ["The predictors are attached then; method `relevance` evicts by them.", ""]
+    if trained == "full":
+        return [*lines, "It is a plain folder, which any engine serves."]
+    return [
+        *lines,
+        "As a plain folder that any engine serves:",
+        "",
+        f"    sparsekv merge trained --model {base} --output merged",
+    ]

@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 from sparsekv.errors import ConfigError
 from sparsekv.models.folder import sha256_of
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.output import CONFIG_FILE, public_settings, read_training_config, write_atomically
+from sparsekv.training.output import (
+    CONFIG_FILE,
+    public_settings,
+    read_training_config,
+    remove_partial,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -90,8 +96,8 @@ def clear(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+def damage(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole. Without `contents`, only sizes are compared."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items() if manifest["format"] == _FORMAT else None
@@ -107,6 +113,8 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if not contents:
+            continue
         with path.open("rb") as stream:
             if sha256_of(stream) != expected["sha256"]:
                 return f"{name} is corrupt"
@@ -135,8 +143,44 @@ def latest_whole(output_dir: Path) -> Latest:
     return Latest(None, skipped)
 
 
+def rotate(output_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the `keep` newest whole checkpoints, the broken ones, and what a killed process left of `final/`.
+
+    Call it in one process, after the newest one was sealed. While none is whole, no checkpoint is removed. Contents
+    were hashed when they were sealed and are hashed again before anything resumes; here sizes are enough.
+
+    Parameters
+    ----------
+    keep : int >= 1
+
+    Returns
+    -------
+    list of Path
+        The checkpoints that were removed, oldest first.
+
+    Raises
+    ------
+    ConfigError
+        If `keep` is less than 1.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep_checkpoints must be at least 1, got {keep}")
+    remove_partial(output_dir)
+    every = list_checkpoints(output_dir)
+    kept = [path for path in every if damage(path, contents=False) is None][:keep]
+    removed = sorted((path for path in every if path not in kept), key=step_of) if kept else []
+    for path in removed:
+        (path / MANIFEST).unlink(
+            missing_ok=True
+        )  # first, so that half a removal leaves nothing that looks whole
+        shutil.rmtree(path)
+    return removed
+
+
 def check_config(checkpoint: Path, config: TrainConfig) -> None:
     """Raise unless a checkpoint was made with this config, `FREE_KEYS` apart.
+
+    Absolute paths are compared by their last part: checkpoints hold no more of them (`public_settings`).
 
     Raises
     ------

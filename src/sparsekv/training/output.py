@@ -36,6 +36,7 @@ CONFIG_FILE = "training_config.json"
 CURRICULUM_FILE = "curriculum_state.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_PARTIAL = f".{FINAL}.partial-"
 
 _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/])[^\\/]")
 
@@ -47,7 +48,10 @@ def public_name(model: str) -> str:
 
 
 def public_settings(config: TrainConfig) -> dict[str, Any]:
-    """A config as JSON values without anything of this machine: absolute paths become their last part."""
+    """A config as JSON values without anything of this machine: absolute paths become their last part.
+
+    So files that lay anywhere but under the working folder are known by their name alone.
+    """
     settings: dict[str, Any] = _without_paths(config.model_dump(mode="json"))
     settings["model"] = public_name(config.model)
     return settings
@@ -64,7 +68,9 @@ def _without_paths(value: Any) -> Any:
 
 
 def write_training_config(folder: Path, config: TrainConfig) -> None:
-    """Write training_config.json: `sparsekv train` reads it as it is."""
+    """Write training_config.json. `sparsekv train` reads it; files that `public_settings` left only the name of have to
+    be put where it runs, or be given by overrides.
+    """
     _write_json(folder / CONFIG_FILE, public_settings(config))
 
 
@@ -157,7 +163,8 @@ def save_final(
         With metrics.jsonl, if any.
     config : TrainConfig
     save_weights : callable
-        Writes adapter or model, and relevance.safetensors if trained, into the folder it is given.
+        Writes what was trained into the folder it is given: the adapter or, in full fine-tuning, the model; and
+        relevance.safetensors if predictors were trained. For train_model "frozen" that file alone.
     tokenizer, curriculum
 
     Returns
@@ -167,7 +174,8 @@ def save_final(
     """
     target = output_dir / FINAL
     output_dir.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{FINAL}.partial-", dir=output_dir))
+    remove_partial(output_dir)
+    work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=output_dir))
     try:
         folder = work / FINAL
         folder.mkdir()
@@ -186,6 +194,12 @@ def save_final(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Remove what processes that were killed while they wrote `final/` left behind."""
+    for folder in output_dir.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_base(folder: Path, base: str) -> None:
