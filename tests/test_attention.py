@@ -13,10 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Scatter, SmallKeys
 from sparsekv.attention import prepare
-from sparsekv.masked import selection_bias
-from sparsekv.plan import SelectionPlan
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
+from sparsekv.masked import selection_bias
+from sparsekv.plan import SelectionPlan
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
 from toy import tiny_model

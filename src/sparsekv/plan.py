@@ -8,8 +8,8 @@ Two ways of dropping (`Dropping`):
     streaming  an entry leaves once it is `window` tokens back, unless it is kept: what long decoding does
 
 The plan also carries what the forward leaves behind: the chosen entries, and side outputs of observers, keyed by layer.
-It is refilled by every forward, so recomputation under gradient checkpointing finds the same values; read it before
-the next forward.
+Recomputation under gradient checkpointing finds the same values and changes nothing; call `begin` before another
+forward with the same plan.
 """
 
 from __future__ import annotations
@@ -83,6 +83,17 @@ def budget_for(policy: Policy, budget: Budget, n: int) -> Budget:
     return budget
 
 
+def observation_window(policy: Policy) -> int:
+    """Entries that a kvpress press needs beyond its context, for its window of observing queries; 0 if it has none."""
+    press = getattr(policy, "template", None)
+    while press is not None:
+        window = getattr(press, "window_size", None)
+        if isinstance(window, int):
+            return window
+        press = getattr(press, "press", None)
+    return 0
+
+
 @dataclass
 class SelectionPlan:
     """One forward's evictions: a ready `selection`, or a layer policy that decides inside each layer.
@@ -115,7 +126,7 @@ class SelectionPlan:
     selected : layer -> evicted_at [B, H or 1, T] of the last forward
     soft_kept : layer -> FloatTensor [B], the mean soft weight of each row's context (nan where it has none),
         differentiable (soft policies only)
-    scores : layer -> [rows' scores, concatenated], with `keep_scores`
+    scores : layer -> one FloatTensor [H, n] per row with a context of n, with `keep_scores`
     collected : observer's name -> layer -> its output
     """
 
@@ -133,7 +144,7 @@ class SelectionPlan:
     observers: tuple[Observer, ...] = ()
     selected: dict[int, Tensor] = field(default_factory=dict)
     soft_kept: dict[int, Tensor] = field(default_factory=dict)
-    scores: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, list[Tensor]] = field(default_factory=dict)
     collected: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,17 +170,22 @@ class SelectionPlan:
             raise ConfigError("a SelectionPlan needs a model that went through sparsekv.prepare")
         at, weight = self._ask(module, layer_idx, key, value, inputs)
         self.selected[layer_idx] = at
-        spans = (
-            None if self.window is not None else [self._span(row, key.shape[2]) for row in range(len(key))]
-        )
+        spans = None if self.window is not None else [self.span(row, key.shape[2]) for row in range(len(key))]
         return at, weight, spans
 
     def observe(self, seen: Seen) -> None:
         """Gather what the observers make of a layer."""
         for observer in self.observers:
-            self.collected.setdefault(observer.name, {})[seen.layer_idx] = observer.observe(seen)
+            # Recomputation under checkpointing runs the same operations again, but what counts is the first result:
+            # another graph would hold its activations until the plan goes.
+            self.collected.setdefault(observer.name, {}).setdefault(seen.layer_idx, observer.observe(seen))
 
-    def _span(self, row: int, total: int) -> Boundary:
+    def begin(self) -> None:
+        """Forget the last forward."""
+        for record in (self.selected, self.soft_kept, self.scores, self.collected):
+            record.clear()
+
+    def span(self, row: int, total: int) -> Boundary:
         """Columns [start, end) of a row that the policy sees."""
         end = total
         if self.boundary is not None:
@@ -192,7 +208,7 @@ class SelectionPlan:
         at = torch.full(key.shape[:3], NEVER, dtype=torch.int32, device=key.device)
         weights, soft, scores = [], [], []
         for row in range(key.shape[0]):
-            start, end = self._span(row, total)
+            start, end = self.span(row, total)
             at[row, :, :start] = 0
             spot = min(row, cos.shape[0] - 1)
             ctx = LayerContext(
@@ -208,6 +224,8 @@ class SelectionPlan:
                 tokenizer=self.tokenizer,
             )
             leaves = self._leaves(start, end, at.device)
+            if not is_soft and end - start <= observation_window(policy):
+                continue  # such a press can't score so short a context
             budget = budget_for(policy, self.budget, end - start)
             if end == start:
                 soft.append(torch.full((), torch.nan, device=key.device))
@@ -217,7 +235,7 @@ class SelectionPlan:
                 soft.append(weight.float().exp().mean())
                 if self.keep_scores:
                     with torch.no_grad():
-                        scores.append(policy.score_layer(ctx, budget).flatten())
+                        scores.append(policy.score_layer(ctx, budget)[0])
                 weights.append(nn.functional.pad(weight, (start, total - end)))
                 at[row, :, start:end] = leaves
             else:
@@ -226,9 +244,9 @@ class SelectionPlan:
                 at[row, :, start:end] = torch.where(kept, at[row, :, start:end], leaves)
         if not is_soft:
             return at, None
-        self.soft_kept[layer_idx] = torch.stack(soft)
+        self.soft_kept.setdefault(layer_idx, torch.stack(soft))
         if scores:
-            self.scores[layer_idx] = torch.cat(scores)
+            self.scores.setdefault(layer_idx, scores)
         return at, torch.stack(weights)
 
     def _leaves(self, start: int, end: int, device: torch.device) -> Tensor:

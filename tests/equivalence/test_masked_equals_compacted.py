@@ -8,8 +8,8 @@ import torch
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged, Scatter, SmallKeys
 from sparsekv.attention import prepare
-from sparsekv.plan import SelectionPlan
 from sparsekv.generation import compress
+from sparsekv.plan import SelectionPlan
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection
 from toy import FAMILIES, tiny_model

@@ -70,22 +70,28 @@ def test_the_penalty_is_each_rows_own():
     """50 relu(mean soft weight - kept fraction)², weighted by the row's share of the step's labels."""
     soft_kept = {0: torch.tensor([0.9, 0.2, 0.6]), 2: torch.tensor([0.5, 0.4, 0.8])}
     shares = torch.tensor([0.25, 0.5, 0.125])
-    penalty = Relaxation(budget_weight=50.0).penalty(soft_kept, 0.6, shares)
+    long = torch.tensor([9000, 9000, 9000])
+    penalty = Relaxation(budget_weight=50.0).penalty(soft_kept, 0.6, shares, long)
     wanted = 50 * (0.25 * (0.7 - 0.4) ** 2 + 0.5 * 0 + 0.125 * (0.7 - 0.4) ** 2)
     assert float(penalty) == pytest.approx(wanted)
     split = sum(
-        Relaxation().penalty({k: v[i : i + 1] for k, v in soft_kept.items()}, 0.6, shares[i : i + 1])
+        Relaxation().penalty(
+            {k: v[i : i + 1] for k, v in soft_kept.items()}, 0.6, shares[i : i + 1], long[:1]
+        )
         for i in range(3)
     )
     assert float(split) == pytest.approx(wanted), "in any batching"
-    assert Relaxation(threshold="quantile").penalty(soft_kept, 0.6, shares) is None
-    assert Relaxation().penalty({}, 0.6, shares) is None
+    assert Relaxation(threshold="quantile").penalty(soft_kept, 0.6, shares, long) is None
+    assert Relaxation().penalty({}, 0.6, shares, long) is None
+    short = torch.tensor([32, 10, 9000])  # 20 entries always stay: 0.625 of the first, all of the second
+    wanted = 50 * (0.25 * (0.7 - 0.625) ** 2 + 0.125 * (0.7 - 0.4) ** 2)
+    assert float(Relaxation().penalty(soft_kept, 0.6, shares, short)) == pytest.approx(wanted)
 
 
 def test_a_row_without_a_context_has_no_penalty_and_spoils_no_gradient():
     kept = torch.tensor(0.9, requires_grad=True)
     soft_kept = {0: torch.stack([kept, torch.tensor(math.nan)])}
-    penalty = Relaxation().penalty(soft_kept, 0.5, torch.tensor([0.5, 0.5]))
+    penalty = Relaxation().penalty(soft_kept, 0.5, torch.tensor([0.5, 0.5]), torch.tensor([9000, 0]))
     penalty.backward()
     assert penalty.item() == pytest.approx(50 * 0.5 * 0.16)
     assert float(kept.grad) == pytest.approx(50 * 0.5 * 2 * 0.4)
@@ -95,27 +101,42 @@ def test_temperature_falls_and_the_threshold_is_the_quantiles():
     relaxation = Relaxation(temperature_start=1.0, temperature_end=0.4, n_sink=1, n_recent=2)
     temperatures = [relaxation.policy(p, 0.7).temperature for p in (-1.0, 0.0, 0.5, 1.0, 2.0)]
     assert temperatures == pytest.approx([1.0, 1.0, 0.7, 0.4, 0.4])
-    assert relaxation.policy(0.5, 0.7).threshold == 0.0
-    assert Relaxation(threshold="quantile").policy(0.5, 0.7).threshold == 0.7
+    quantiles = ScoreQuantiles()
+    quantiles.observe(torch.arange(101.0))
+    assert relaxation.policy(0.5, 0.7, quantiles).threshold == 0.0
+    soft = Relaxation(threshold="quantile").policy(0.5, 0.7, quantiles)
+    kept = ((torch.arange(101.0) - soft.threshold) / soft.temperature).sigmoid().mean()
+    assert float(kept) == pytest.approx(0.3, abs=1e-4), "soft steps keep what they should"
+    assert Relaxation(threshold="quantile").policy(0.5, 0.0, quantiles).threshold == -math.inf
     assert (relaxation.policy(0.0).n_sink, relaxation.policy(0.0).n_recent) == (1, 2)
     assert relaxation.without_noise().policy(0.0).noise == 0.0
 
 
 def test_quantiles_of_known_scores():
-    scores = [torch.arange(0, 50.0), torch.arange(50.0, 101.0), torch.full((7,), torch.inf)]
+    scores = [torch.arange(0, 50.0), torch.arange(50.0, 101.0)]
     quantiles = ScoreQuantiles(momentum=0.75)
-    assert quantiles.threshold(0.3) == -math.inf, "nothing is evicted before anything was seen"
+    assert quantiles.threshold(0.3, 0.01) == -math.inf, "nothing is evicted before anything was seen"
     found = ScoreQuantiles.of(scores)
     assert found.tolist() == list(range(101))
     quantiles.observe(found)
-    assert [quantiles.threshold(r) for r in (0.0, 0.3, 0.705, 0.99)] == pytest.approx([0, 30, 70.5, 99])
+    hard = [quantiles.threshold(r, 0.01) for r in (0.3, 0.7, 0.99)]
+    assert hard == pytest.approx([30, 70.5, 99.5], abs=0.5)
     quantiles.observe(found + 8)
-    assert quantiles.threshold(0.3) == pytest.approx(30 + 0.25 * 8)
+    assert quantiles.threshold(0.3, 0.01) == pytest.approx(hard[0] + 0.25 * 8, abs=1e-3)
     again = ScoreQuantiles(momentum=0.75)
     again.load_state_dict(quantiles.state_dict())
-    assert again.threshold(0.123) == quantiles.threshold(0.123)
-    share = float((torch.cat(scores[:2]) < ScoreQuantiles.of(scores)[40]).float().mean())
+    assert again.threshold(0.123, 0.5) == quantiles.threshold(0.123, 0.5)
+    share = float((torch.cat(scores) < ScoreQuantiles.of(scores)[40]).float().mean())
     assert share == pytest.approx(0.4, abs=0.01)
+
+
+def test_what_always_stays_has_its_place_in_the_quantiles():
+    """80 scores and 20 entries that always stay: a budget of half keeps 30 of the former."""
+    scores = [torch.arange(80.0), torch.full((20,), torch.inf)]
+    quantiles = ScoreQuantiles()
+    quantiles.observe(ScoreQuantiles.of(scores))
+    assert 49 <= quantiles.threshold(0.5, 0.01) <= 51
+    assert ScoreQuantiles.of([torch.full((3,), torch.inf)]) is None, "nothing to be heard"
 
 
 @pytest.mark.parametrize(

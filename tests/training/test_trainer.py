@@ -308,6 +308,9 @@ def test_held_out_perplexity_is_that_of_what_follows_the_boundary(tmp_path):
     press = sparsekv.SinkRecentPress(n_sink=2)
     curriculum = Listening(start_ratio=0.6)
     trainer = trainer_for(tmp_path, press=press, eval_dataset=held_out, curriculum=curriculum)
+    trainer.evaluate()
+    assert heard == [], "only training listens"
+    trainer.is_in_train = True
     first = trainer.evaluate()
     second = trainer.evaluate()
     assert first["eval_ratio"] == 0.0 and heard[0] == first["eval_perplexity"], "the baseline: full cache"

@@ -150,7 +150,7 @@ class SoftThreshold(LayerPolicy):
         return threshold_for(pooled, shared * (size - middle.n_dropped), self.temperature)
 
 
-def threshold_for(scores: Tensor, n_kept: int, temperature: float) -> Tensor:
+def threshold_for(scores: Tensor, n_kept: float, temperature: float) -> Tensor:
     """FloatTensor [..., 1]: the t at which sigmoid((scores - t) / temperature) sums to `n_kept` over [..., M].
 
     So the expected number kept is the budget's at every temperature; as it goes to 0, t goes to the quantile.
@@ -158,7 +158,7 @@ def threshold_for(scores: Tensor, n_kept: int, temperature: float) -> Tensor:
     Parameters
     ----------
     scores : FloatTensor [..., M]
-    n_kept : int in [0, M - 1]
+    n_kept : in [0, M - 1]
         0 is approached: weights under 1e-8.
     temperature : float > 0
     """

@@ -173,6 +173,8 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArgum
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=config.device == "cpu",
+        # Every process reads the data by itself: one that hands out to the others needs samples of equal length.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

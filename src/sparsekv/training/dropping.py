@@ -6,7 +6,7 @@ Shape letters: B rows, T columns of the left-padded batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +18,12 @@ from sparsekv.plan import Dropping, Observer, SelectionPlan, budget_for
 from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
+from sparsekv.training.data_layout import IGNORED
 
 WAYS: tuple[Dropping, ...] = ("prefill", "streaming")
 BOUNDARIES = ("random", "end")
+BOUNDARY, SEEDS = "boundary", "seeds"
+"""Batch keys: LongTensor [B], the first column after each row's context, and the row's seed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class DroppingConfig:
         "prefill": where a sample's own context ends, or a random column between a quarter and three quarters of it,
         drawn by the sample's seed. Samples that set no boundary always get a random one.
     window : int >= 1
-        "streaming": an entry that is not kept leaves so many columns after its own.
+        "streaming": an entry that is not kept leaves so many columns after its own. Policies that score by attention
+        see the whole sequence for that, so an early entry's fate knows of later queries; token policies do not.
     """
 
     way: Dropping = "prefill"
@@ -101,7 +105,8 @@ def make_plan(
         selection = _select(
             model, batch["input_ids"], mask, policy, budget, how, boundaries, seeds, tokenizer
         )
-        return SelectionPlan(selection=selection, observers=observers)
+        window = how.window if how.way == "streaming" else None
+        return SelectionPlan(selection=selection, window=window, observers=observers)
     if not isinstance(policy, LayerPolicy):
         raise ConfigError(f"method {policy.name!r} runs the model itself; it can't be trained under")
     padded = None if bool(mask.all()) else mask
@@ -153,7 +158,10 @@ def _select(
 
 
 def achieved_compression(plan: SelectionPlan, mask: Tensor, boundaries: Sequence[int]) -> float:
-    """Mean fraction of the context's entries that the plan's last forward hid (soft ones: 1 - mean weight)."""
+    """Mean fraction of the context's entries that the plan's last forward hid (soft ones: 1 - mean weight).
+
+    Streaming: of all entries, those that left before the last column.
+    """
     if plan.soft_kept:
         return 1.0 - float(torch.stack([kept.detach() for kept in plan.soft_kept.values()]).nanmean())
     lost = []
@@ -163,5 +171,19 @@ def achieved_compression(plan: SelectionPlan, mask: Tensor, boundaries: Sequence
             start = total - int(mask[row].sum())
             end = boundary if plan.window is None else total
             if end > start:
-                lost.append((at[row, :, start:end] < NEVER).float().mean())
+                lost.append(
+                    (at[row, :, start:end] < (total if plan.window is not None else NEVER)).float().mean()
+                )
     return float(torch.stack(lost).mean()) if lost else 0.0
+
+
+def contexts_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
+    """LongTensor [B]: entries before each row's boundary."""
+    mask = batch["attention_mask"]
+    boundary = batch[BOUNDARY].to(mask.device)
+    return (boundary - (mask.shape[1] - mask.sum(1))).clamp_min(0)
+
+
+def labels_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
+    """FloatTensor [B]: how many tokens of each row have a label."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(1).float()

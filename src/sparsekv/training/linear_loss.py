@@ -42,12 +42,12 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Weighted sums over tokens: `total` is differentiable; `ce` and `kl` are detached, unweighted sums per token kind.
+    """A weighted sum over tokens, and what it is made of, per token and without gradient.
 
     Parameters
     ----------
     total : scalar, sum of ce_weight * CE + kl_weight * KL
-    ce, kl : fp32 [N], nats per token (kl is 0 where it has no weight or there is no teacher)
+    ce, kl : fp32 [N], nats; kl is times temperature², and 0 without a teacher
     """
 
     total: Tensor
@@ -96,6 +96,7 @@ def token_losses(
         kl_weight if use_teacher else None,
         temperature,
         chunk,
+        torch.is_grad_enabled(),
     )
     return TokenLosses(total, ce, kl)
 
@@ -117,15 +118,16 @@ class _Fused(torch.autograd.Function):
         kl_weight: Tensor | None,
         temperature: float,
         chunk: int,
+        training: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias, softcap)
         count = states.shape[0]
         ce = torch.zeros(count, dtype=torch.float32, device=states.device)
         kl = torch.zeros_like(ce)
-        training = any(ctx.needs_input_grad)
+        training = training and any(ctx.needs_input_grad)
         grad_states = torch.zeros_like(states) if training else states.new_zeros(0)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        needs_bias = bias is not None and ctx.needs_input_grad[2]
+        needs_weight, needs_bias = (training and ctx.needs_input_grad[i] for i in (1, 2))
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         for begin in range(0, count, chunk):
             part = slice(begin, min(begin + chunk, count))
@@ -175,4 +177,4 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias = ctx.saved_tensors
         grads = [None if x is None else x * grad_total.to(x.dtype) for x in (states, weight, bias)]
-        return (*grads, None, None, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None, None, None)

@@ -10,7 +10,9 @@ from torch import nn
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerPolicy, Policy, TokenPolicy
+from sparsekv.relevance.predictor import NAME
 from sparsekv.training.config_parts import LoraOptions
+from sparsekv.training.weights import has_adapter
 
 
 def policy_of(press: Any) -> Policy:
@@ -60,8 +62,19 @@ def with_lora(model: Any, options: LoraOptions | None, *, seed: int = 0) -> Any:
         target_modules=list(options.targets),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = get_peft_model(model, config)
     architecture.check_supported(made)
     return made
+
+
+def sparsity_kind(press: Any) -> str | None:
+    """The kind of sparsity that a SparseRegPress asks for; None for other presses."""
+    return getattr(getattr(press, "sparsity", None), "kind", None)
+
+
+def moves_without_adapters(model: nn.Module) -> bool:
+    """True if training changes what the model computes with its adapters off."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return not has_adapter(model) and any(f".{NAME}." not in name for name in names)

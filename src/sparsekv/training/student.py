@@ -51,6 +51,8 @@ def student_output(
     The hidden states are caught on their way to the output layer, which computes one column only.
     """
     caught: list[Tensor] = []
+    if plan is not None:
+        plan.begin()
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
         caught.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])

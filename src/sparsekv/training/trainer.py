@@ -10,17 +10,13 @@ plan -> `model(**batch, selection=plan)` -> the objective. Nothing is patched an
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback, TrainingArguments
 
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
@@ -29,8 +25,6 @@ from sparsekv.plan import Observer, SelectionPlan
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget, Scope
 from sparsekv.policies.soft import SoftThreshold
-from sparsekv.relevance.files import load_relevance, save_relevance
-from sparsekv.relevance.policy import Relevance
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
@@ -38,7 +32,6 @@ from sparsekv.relevance.predictor import (
     has_relevance,
     relevance_modules,
 )
-from sparsekv.training.checkpoints import clear, damage, latest_whole, seal
 from sparsekv.training.collate import Collator
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
@@ -46,36 +39,31 @@ from sparsekv.training.curricula import FixedCurriculum
 from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.data_layout import IGNORED
 from sparsekv.training.dropping import (
+    BOUNDARY,
+    SEEDS,
     DroppingConfig,
     achieved_compression,
+    contexts_of_rows,
+    labels_of_rows,
     make_plan,
     resolve_boundaries,
     row_seeds,
     seed_of,
 )
+from sparsekv.training.held_out import after_the_boundary, served_by_scores, summed_losses
 from sparsekv.training.meter import Meter
 from sparsekv.training.objectives import EITObjective, Objective, StandardLMObjective
-from sparsekv.training.output import (
-    load_curriculum,
-    write_atomically,
-    write_curriculum,
-    write_training_config,
-)
 from sparsekv.training.relaxation import Relaxation, RelaxedRelevance, ScoreQuantiles
+from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer
 from sparsekv.training.samples import Samples
-from sparsekv.training.setup import policy_of, with_lora
+from sparsekv.training.setup import moves_without_adapters, policy_of, sparsity_kind, with_lora
 from sparsekv.training.student import student_output, teacher_output
-
-logger = logging.getLogger(__name__)
 
 SOFTEST_TO_HARDEST = 0.1
 """A SoftThresholdPress starts at its own temperature, which falls linearly to this fraction of it."""
 
-QUANTILES_FILE = "score_quantiles.json"
-BOUNDARY, SEEDS = "boundary", "seeds"
 
-
-class SparseKVTrainer(Trainer):
+class SparseKVTrainer(ResumableTrainer):
     """Trains a model under eviction; everything else is `transformers.Trainer`.
 
     Parameters
@@ -113,8 +101,6 @@ class SparseKVTrainer(Trainer):
         For anything that would train nothing: no press and no relaxation, no trainable parameter, DataParallel.
     """
 
-    control: TrainerControl
-
     def __init__(
         self,
         model: Any = None,
@@ -148,18 +134,34 @@ class SparseKVTrainer(Trainer):
 
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
+        if args.gradient_checkpointing:
+            given = dict(args.gradient_checkpointing_kwargs or {})
+            if given.setdefault("use_reentrant", False):
+                raise ConfigError(
+                    "gradient_checkpointing_kwargs: use_reentrant must be False; reentrant checkpointing loses the "
+                    "gradients of side losses"
+                )
+            args.gradient_checkpointing_kwargs = given
+        if relaxation is not None and press is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # predictors take no part in a press's steps
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
         self.policy: Policy | None = None if press is None else policy_of(press)
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
         # A press that was given no ratio, and no curriculum to set one, decides by sizes of its own.
-        budget = press.budget() if curriculum is None and hasattr(press, "budget") else None
+        budget = press.budget() if hasattr(press, "budget") else None
+        owns = getattr(self.policy, "threshold", None) is not None or curriculum is None
         self.own_budget: Budget | None = (
-            None if budget is None or budget.compression_ratio is not None else budget
+            budget if budget is not None and budget.compression_ratio is None and owns else None
         )
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
+        kinds = {kind for kind in (sparsity_kind(press), getattr(objective, "sparsity_kind", None)) if kind}
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"press and objective ask for different sparsities: {', '.join(sorted(kinds))}; give one"
+            )
         self.objective = objective or (EITObjective() if relaxation else StandardLMObjective())
         self.relevance_lr, self.relevance_weight_decay = relevance_lr, relevance_weight_decay
         self.quantiles = ScoreQuantiles()
@@ -167,7 +169,7 @@ class SparseKVTrainer(Trainer):
         self.config, self.seq_len = config, seq_len
         self._scores: list[Tensor] = []
         prepare(model)
-        moves = self.objective.needs_teacher and lora is None and _moves_without_adapters(model)
+        moves = self.objective.needs_teacher and lora is None and moves_without_adapters(model)
         self.frozen_teacher = copy.deepcopy(model).eval().requires_grad_(False) if moves else None
         model = with_lora(model, lora, seed=args.seed)
         if relaxation is not None and not has_relevance(model):
@@ -179,12 +181,13 @@ class SparseKVTrainer(Trainer):
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
             )
         args.remove_unused_columns = False
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            args.gradient_checkpointing_kwargs = {
-                "use_reentrant": False
-            }  # reentrant loses side losses' gradients
+        self.n_checkpoints, args.save_total_limit = args.save_total_limit, None  # whole ones only: `rotate`
         collator = kwargs.pop("data_collator", None)
-        if collator is None and tokenizer is not None:
+        if collator is None:
+            if tokenizer is None:
+                raise ConfigError(
+                    "batches need padding: give tokenizer=..., or data_collator=... that pads on the left"
+                )
             collator = Collator(tokenizer)
         super().__init__(
             model=model,
@@ -199,39 +202,17 @@ class SparseKVTrainer(Trainer):
             raise ConfigError(
                 "several GPUs in one process (DataParallel) are not supported: start with torchrun"
             )
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                "FSDP is not supported: the loss reads the output layer's weight, which it shards; use DDP (torchrun)"
+            )
+        if self.frozen_teacher is not None:
+            self.frozen_teacher.to(self.args.device)
         # compute_loss divides by the items of the whole step; this version pair would divide once more.
         self.accelerator.gradient_accumulation_steps = 1
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Baseline(self))
-        self.add_callback(_LogWithCheckpoints)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. True goes on from the latest whole checkpoint of output_dir.
-
-        Raises
-        ------
-        ConfigError
-            For a checkpoint that is broken or missing, and for a fresh start where output_dir has whole ones.
-        """
-        output = Path(self.args.output_dir)
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            latest = latest_whole(output)
-            if latest.path is None:
-                raise ConfigError(f"output_dir '{output}' has no whole checkpoint to go on from")
-            for path, reason in latest.skipped.items():
-                logger.warning("%s is passed over: %s", path, reason)
-            checkpoint = str(latest.path)
-        elif checkpoint:
-            problem = damage(Path(checkpoint))
-            if problem is not None:
-                raise ConfigError(f"checkpoint '{checkpoint}' can't be resumed from: {problem}")
-        elif self.state.global_step == 0 and latest_whole(output).path is not None:
-            raise ConfigError(
-                f"output_dir '{output}' holds checkpoints of an earlier run; use another output_dir, or go on from "
-                "them: train(resume_from_checkpoint=True)"
-            )
-        return super().train(checkpoint, *args, **kwargs)
+        self.add_callback(LogWithCheckpoints)
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
@@ -239,7 +220,7 @@ class SparseKVTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one step, made ready, and the number of label tokens in all of them on all processes."""
-        self._fold_scores()
+        self.fold_scores()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
         ready = [self._ready(batch, epoch) for batch in batches]
@@ -249,14 +230,19 @@ class SparseKVTrainer(Trainer):
             items = self.accelerator.gather(items).sum()
         return ready, items.clamp_min(1)
 
-    def _ready(self, batch: Mapping[str, Any], epoch: int) -> dict[str, Tensor]:
-        """Seeds and boundaries; then what the objective makes of the batch."""
+    def _ready(self, batch: Mapping[str, Any], epoch: int, *, judged: bool = False) -> dict[str, Tensor]:
+        """Seeds and boundaries; then what the objective makes of the batch, unless it is to be `judged`."""
         made = dict(batch)
+        if not bool((made["attention_mask"].diff(dim=1) >= 0).all()):
+            raise ConfigError(
+                "data_collator: padding must lie on the left; this batch has some after real tokens"
+            )
         first = made["attention_mask"].cumsum(1) <= 1  # a row's first token follows nothing, or padding
         made["labels"] = made["labels"].masked_fill(first, IGNORED)
         seeds = row_seeds(self.args.seed, epoch, made.pop("sample_index"))
         boundaries = resolve_boundaries(made[BOUNDARY], made["attention_mask"], seeds, self.dropping.boundary)
-        made = self.objective.prepare(made, boundaries, seeds)
+        if not judged:
+            made = self.objective.prepare(made, boundaries, seeds)
         made[BOUNDARY], made[SEEDS] = torch.tensor(boundaries), torch.tensor(seeds)
         return made
 
@@ -270,7 +256,11 @@ class SparseKVTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective under eviction, as a share of the whole step's loss."""
-        items = float(num_items_in_batch) if num_items_in_batch is not None else _labels(inputs)
+        items = (
+            float(num_items_in_batch)
+            if num_items_in_batch is not None
+            else float(labels_of_rows(inputs).sum())
+        )
         step, total = self.state.global_step, max(self.state.max_steps, 1)
         ratio = self.curriculum.ratio(step, total)
         policy = self._policy(step, step / total, ratio)
@@ -281,15 +271,15 @@ class SparseKVTrainer(Trainer):
         student = student_output(model, plain, inputs, plan)
         losses = self.objective(student, teacher, inputs, plan, items)
         loss = losses.total
-        share = _labels(inputs) / items
+        share = float(labels_of_rows(inputs).sum()) / items
         sparsity = getattr(self.press, "sparsity", None)
         if sparsity is not None and plan.collected.get("sparsity"):
             loss = (
                 loss + sparsity.weight * share * torch.stack(list(plan.collected["sparsity"].values())).mean()
             )
         if self.relaxation is not None:
-            rows = _labels_of_rows(inputs) / items
-            penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows)
+            rows = labels_of_rows(inputs) / items
+            penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows, contexts_of_rows(inputs))
             if penalty is not None:
                 loss = loss + penalty
                 self.meter.add({"budget_penalty": float(penalty.detach())}, {"budget_penalty": share})
@@ -308,38 +298,38 @@ class SparseKVTrainer(Trainer):
     ) -> SelectionPlan:
         """What the student's forward over a batch of `get_batch_samples` hides at a ratio.
 
-        `hard`: soft policies decide as they do when served; predictors by their threshold.
+        `hard`: soft policies decide as they do when served.
         """
-        plain = self.accelerator.unwrap_model(self.model)
         seeds = inputs[SEEDS].tolist()
         budget = self.own_budget or Budget(compression_ratio=ratio, scope=self.scope)
-        if isinstance(policy, Relevance):
-            budget = Budget()
         plan = make_plan(
-            plain,
+            self.accelerator.unwrap_model(self.model),
             dict(inputs),
             policy,
-            budget,
+            Budget() if isinstance(policy, RelaxedRelevance) else budget,  # its threshold holds the budget
             self.dropping,
             boundaries=inputs[BOUNDARY].tolist(),
             seeds=seeds,
             tokenizer=self.processing_class,
-            observers=self._observers(seeds, _labels_of_rows(inputs).tolist()) if observe else (),
+            observers=self._observers(seeds, labels_of_rows(inputs).tolist()) if observe else (),
         )
         plan.hard = hard
         return plan
 
-    def _policy(self, step: int, progress: float, ratio: float) -> Policy:
-        """The policy of a step; what is drawn depends on the step alone, so that batching changes nothing."""
-        seed = seed_of(self.args.seed, step, 3)
-        if self.relaxation is not None and (
-            self.policy is None or (seed % 1_000_000) / 1_000_000 >= self.press_share
-        ):
-            return self.relaxation.policy(progress, self.quantiles.threshold(ratio))
-        if self.policy is None:
+    def _policy(self, step: int, progress: float, ratio: float, *, judged: bool = False) -> Policy:
+        """The policy of a step; what is drawn depends on the step alone, so that batching changes nothing.
+
+        `judged`: always the same one, so that evaluations compare: predictors if they train, else the first draw.
+        """
+        seed = seed_of(self.args.seed, 0 if judged else step, 3)
+        taken = not judged and (seed % 1_000_000) / 1_000_000 < self.press_share
+        if self.relaxation is not None and not (taken and self.policy is not None):
+            return self.relaxation.policy(progress, ratio, self.quantiles)
+        policy = getattr(self.press, "policy", None) or self.policy  # a press's own settings may have changed
+        if policy is None:
             raise ConfigError("nothing drops entries")
-        draw = getattr(self.policy, "draw", None)
-        drawn: Policy = draw(seed) if callable(draw) else self.policy
+        draw = getattr(policy, "draw", None)
+        drawn: Policy = draw(seed) if callable(draw) else policy
         if isinstance(drawn, SoftThreshold):
             share = 1 - (1 - SOFTEST_TO_HARDEST) * min(max(progress, 0.0), 1.0)
             return replace(drawn, temperature=drawn.temperature * share)
@@ -347,15 +337,11 @@ class SparseKVTrainer(Trainer):
 
     def _observers(self, seeds: list[int], weights: list[float]) -> tuple[Observer, ...]:
         found: list[Observer] = []
-        kind: Any = self.objective.sparsity_kind or getattr(
-            getattr(self.press, "sparsity", None), "kind", None
-        )
+        kind: Any = self.objective.sparsity_kind or sparsity_kind(self.press)
         if kind is not None:
             found.append(AttentionSparsity(kind=kind, seeds=tuple(seeds), weights=tuple(weights)))
-        if (
-            self.args.logging_steps
-            and (self.state.global_step + 1) % max(int(self.args.logging_steps), 1) == 0
-        ):
+        every = max(int(self.state.logging_steps or 1), 1)
+        if (self.state.global_step + 1) % every == 0:
             found.append(RetainedAttention())
         return tuple(found)
 
@@ -376,16 +362,22 @@ class SparseKVTrainer(Trainer):
         if retained:
             self.meter.add_mean("retained_attention", float(torch.stack(list(retained.values())).mean()))
         if plan.scores and self.relaxation is not None and self.relaxation.threshold == "quantile":
-            self._scores += list(plan.scores.values())
+            self._scores += [scores for rows in plan.scores.values() for scores in rows]
 
-    def _fold_scores(self) -> None:
-        """Let the running quantiles hear the scores of the step that ended."""
-        if self._scores:
-            quantiles = ScoreQuantiles.of(self._scores)
-            if self.args.world_size > 1:
-                quantiles = self.accelerator.reduce(quantiles, "mean")
-            self.quantiles.observe(quantiles)
-            self._scores = []
+    def fold_scores(self) -> None:
+        """Let the running quantiles hear the scores of the step that ended; every process takes part."""
+        if self.relaxation is None or self.relaxation.threshold != "quantile":
+            return
+        heard = ScoreQuantiles.of(self._scores) if self._scores else None
+        self._scores = []
+        if self.args.world_size > 1:
+            packed = torch.zeros(ScoreQuantiles.GRID + 1, device=self.args.device)
+            if heard is not None:
+                packed[:-1], packed[-1] = heard, 1.0
+            packed = self.accelerator.reduce(packed, "sum")
+            heard = packed[:-1] / packed[-1] if float(packed[-1]) else None
+        if heard is not None:
+            self.quantiles.observe(heard)
 
     # ---- held-out perplexity ------------------------------------------------------------------------------
 
@@ -397,30 +389,30 @@ class SparseKVTrainer(Trainer):
 
         The curriculum hears the latter.
         """
+        own = eval_dataset is None
         loader = self.get_eval_dataloader(Samples.of(eval_dataset, self.processing_class, self.seq_len))
         step, total = self.state.global_step, max(self.state.max_steps, 1)
         ratio = self.curriculum.ratio(step, total)
-        policy = self._policy(step, step / total, ratio)
+        policy = self._policy(step, step / total, ratio, judged=True)
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         model = self.accelerator.unwrap_model(self.model)
+        training = model.training
         model.eval()
         try:
             for batch in loader:
-                ready = self._prepare_inputs(self._ready(batch, epoch=-1))
-                column = torch.arange(ready["labels"].shape[1], device=ready["labels"].device)
-                early = column <= ready[BOUNDARY].to(column.device)[:, None]
-                ready["labels"] = ready["labels"].masked_fill(early, IGNORED)
-                for place, plan in enumerate((None, self.plan(ready, policy, ratio, hard=True))):
-                    output = student_output(model, model, ready, plan)
-                    sums[place] += StandardLMObjective()(output, None, ready, None, 1.0).parts["ce"].double()
-                sums[2] += _labels(ready)
+                ready = self._prepare_inputs(self._ready(batch, epoch=-1, judged=True))
+                ready = after_the_boundary(ready, ready[BOUNDARY])
+                plan = self.plan(ready, policy, ratio, hard=not isinstance(policy, RelaxedRelevance))
+                sums[:2] += summed_losses(model, ready, (None, served_by_scores(model, ready, plan, ratio)))
+                sums[2] += float(labels_of_rows(ready).sum())
         finally:
-            model.train()
+            model.train(training)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
         count = max(float(sums[2]), 1.0)
         full, evicted = (float(torch.exp(sums[i] / count)) for i in (0, 1))
-        self.curriculum.observe(full if self.curriculum.needs_baseline else evicted)
+        if own and self.is_in_train:
+            self.curriculum.observe(full if self.curriculum.needs_baseline else evicted)
         metrics = {
             f"{metric_key_prefix}_perplexity": full,
             f"{metric_key_prefix}_perplexity_evicted": evicted,
@@ -455,60 +447,6 @@ class SparseKVTrainer(Trainer):
             logs = {**logs, **self.meter.read()}
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        if has_relevance(self.model) and not hasattr(self.model, "disable_adapter"):
-            state = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in state.items() if f".{NAME}." not in name}
-        super()._save(folder, state_dict)
-        if has_relevance(self.model):
-            save_relevance(self.model, folder)
-
-    def save_weights(self, folder: str | Path) -> None:
-        """The adapter or the model, and the predictors; nothing of this machine or of the run."""
-        plain: Any = self.accelerator.unwrap_model(self.model)
-        state = plain.state_dict()
-        own = {name: value for name, value in state.items() if f".{NAME}." not in name}
-        plain.save_pretrained(
-            str(folder), **({} if hasattr(plain, "disable_adapter") else {"state_dict": own})
-        )
-        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-        if has_relevance(plain):
-            save_relevance(plain, folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            clear(folder)
-        self.accelerator.wait_for_everyone()
-        self._fold_scores()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and folder.is_dir():
-            write_curriculum(folder, self.curriculum)
-            write_atomically(folder / QUANTILES_FILE, json.dumps(self.quantiles.state_dict()) + "\n")
-            if self.config is not None:
-                write_training_config(folder, self.config)
-            seal(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        if has_relevance(self.model):
-            load_relevance(self.model, folder)
-        load_curriculum(folder, self.curriculum)
-        if (folder / QUANTILES_FILE).exists():
-            self.quantiles.load_state_dict(json.loads((folder / QUANTILES_FILE).read_text(encoding="utf-8")))
-
-
-class _LogWithCheckpoints(TrainerCallback):
-    """Logs before every checkpoint: no sum is pending then, so a resumed run logs the same rows."""
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Called after Trainer's own decision to save."""
-        if control.should_save:
-            control.should_log = True
-
 
 class _Baseline(TrainerCallback):
     """Measures the full-cache perplexity before the first step, where a curriculum needs it."""
@@ -522,18 +460,3 @@ class _Baseline(TrainerCallback):
             if self.trainer.eval_dataset is None:
                 raise ConfigError("curriculum adaptive decides by held-out perplexity: give eval_dataset=...")
             self.trainer.evaluate()
-
-
-def _labels_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
-    """FloatTensor [B]: how many tokens of each row have a label."""
-    return (batch["labels"][:, 1:] != IGNORED).sum(1).float()
-
-
-def _labels(batch: Mapping[str, Tensor]) -> float:
-    return float(_labels_of_rows(batch).sum())
-
-
-def _moves_without_adapters(model: nn.Module) -> bool:
-    """True if training changes what the model computes with its adapters off."""
-    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return not hasattr(model, "disable_adapter") and any(f".{NAME}." not in name for name in names)

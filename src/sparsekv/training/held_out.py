@@ -1,0 +1,68 @@
+"""Held-out perplexity of what follows the boundary: with the full cache, and as it would be served at a ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv import architecture
+from sparsekv.plan import SelectionPlan
+from sparsekv.policies.base import keep_top
+from sparsekv.policies.budget import Budget
+from sparsekv.selection import NEVER, Selection
+from sparsekv.training.data_layout import IGNORED
+from sparsekv.training.objectives import StandardLMObjective
+from sparsekv.training.relaxation import RelaxedRelevance
+from sparsekv.training.student import student_output
+
+
+def after_the_boundary(batch: Mapping[str, Tensor], boundary: Tensor) -> dict[str, Tensor]:
+    """The batch with labels only where the prediction is made from after the boundary [B]."""
+    labels = batch["labels"]
+    column = torch.arange(labels.shape[1], device=labels.device)
+    early = column <= boundary.to(labels.device)[:, None]
+    return {**batch, "labels": labels.masked_fill(early, IGNORED)}
+
+
+@torch.no_grad()
+def summed_losses(model: Any, batch: Mapping[str, Tensor], plans: Iterable[SelectionPlan | None]) -> Tensor:
+    """float64 [len(plans)]: cross-entropy summed over the batch's labels, under each plan."""
+    judge = StandardLMObjective()
+    sums = [
+        judge(student_output(model, model, batch, plan), None, batch, None, 1.0).parts["ce"].double()
+        for plan in plans
+    ]
+    return torch.stack(sums)
+
+
+@torch.no_grad()
+def served_by_scores(
+    model: Any, batch: Mapping[str, Tensor], plan: SelectionPlan, ratio: float
+) -> SelectionPlan:
+    """The plan that serves what predictors score: the exact top entries of the whole model, for every row.
+
+    `plan` is that of a `RelaxedRelevance`; one more forward, with nothing hidden, gathers the scores.
+    """
+    if not isinstance(plan.policy, RelaxedRelevance):
+        return plan
+    looking = replace(plan, policy=replace(plan.policy, threshold=float("-inf"), noise=0.0), keep_scores=True)
+    student_output(model, model, batch, looking)
+    rows, total = batch["input_ids"].shape
+    n_layers, heads = architecture.num_layers(model), architecture.num_kv_heads(model)
+    at = torch.full((rows, n_layers, heads, total), NEVER, dtype=torch.int32)
+    layers = sorted(looking.scores)
+    place = 0
+    for row in range(rows):
+        start, end = looking.span(row, total)
+        at[row, :, :, :start] = 0
+        if end == start:
+            continue
+        scores = torch.stack([looking.scores[layer][place] for layer in layers])[None]
+        place += 1
+        kept = keep_top(scores, Budget(compression_ratio=ratio, scope="model"))[0].cpu()
+        at[row, layers, :, start:end] = torch.where(kept, NEVER, end).to(torch.int32)
+    return SelectionPlan(selection=Selection(at.to(batch["input_ids"].device)))

@@ -1,0 +1,172 @@
+"""The part of training that outlives a process: checkpoints that are whole, and going on from them exactly."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from sparsekv.errors import ConfigError
+from sparsekv.relevance.files import load_relevance, save_relevance
+from sparsekv.relevance.predictor import NAME, Served, has_relevance, serve_as
+from sparsekv.training.checkpoints import check_config, clear, damage, latest_whole, rotate, seal, step_of
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.output import (
+    load_curriculum,
+    write_atomically,
+    write_curriculum,
+    write_training_config,
+)
+from sparsekv.training.relaxation import Relaxation, ScoreQuantiles
+from sparsekv.training.weights import has_adapter, save_weights, serving_config, tidy, without_predictors
+
+logger = logging.getLogger(__name__)
+
+QUANTILES_FILE = "score_quantiles.json"
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints are sealed when they are whole, and hold all that a run needs to go on.
+
+    Attributes
+    ----------
+    curriculum, quantiles, relaxation : whose state is saved
+    config : TrainConfig or None
+        Written into checkpoints, and compared when one is resumed.
+    n_checkpoints : int or None
+        How many whole ones stay.
+    """
+
+    control: TrainerControl
+    curriculum: Curriculum
+    quantiles: ScoreQuantiles
+    relaxation: Relaxation | None
+    config: TrainConfig | None
+    n_checkpoints: int | None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. True goes on from the latest whole checkpoint of output_dir.
+
+        Raises
+        ------
+        ConfigError
+            For a checkpoint that is broken or missing, and for a fresh start where output_dir has whole ones.
+        """
+        output = Path(self.args.output_dir)
+        checkpoint = resume_from_checkpoint or None
+        latest = latest_whole(output)
+        if checkpoint is True:
+            if latest.path is None:
+                raise ConfigError(f"output_dir '{output}' has no whole checkpoint to go on from")
+            for path, reason in latest.skipped.items():
+                logger.warning("%s is passed over: %s", path, reason)
+            checkpoint = str(latest.path)
+        elif checkpoint:
+            self._check_resumable(Path(checkpoint), latest.path)
+        elif self.state.global_step == 0 and latest.path is not None:
+            raise ConfigError(
+                f"output_dir '{output}' holds checkpoints of an earlier run; use another output_dir, or go on from "
+                "them: train(resume_from_checkpoint=True)"
+            )
+        if checkpoint and self.config is not None:
+            check_config(Path(checkpoint), self.config)
+        if checkpoint and 0 < self.args.max_steps <= step_of(Path(checkpoint)):
+            return self._finished(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _check_resumable(self, checkpoint: Path, latest: Path | None) -> None:
+        problem = damage(checkpoint)
+        if problem is not None:
+            raise ConfigError(f"checkpoint '{checkpoint}' can't be resumed from: {problem}")
+        if (
+            latest is not None
+            and latest.parent == checkpoint.parent
+            and step_of(latest) > step_of(checkpoint)
+        ):
+            raise ConfigError(
+                f"output_dir '{latest.parent}' holds the later {latest.name}, which going on from {checkpoint.name} "
+                "would write again; remove it, or use another output_dir"
+            )
+
+    def _finished(self, checkpoint: str) -> TrainOutput:
+        """All steps were made: take them over. Trainer itself would make one more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if has_relevance(self.model) and not has_adapter(self.model):
+            state_dict = without_predictors(self.model.state_dict() if state_dict is None else state_dict)
+        with serving_config(self.model):
+            super()._save(folder, state_dict)
+        tidy(self.model, folder)
+        if has_relevance(self.model):
+            self.say_how_to_serve()
+            save_relevance(self.model, folder)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """What `final/` holds of the model: adapter, model, or predictors alone where nothing else was trained."""
+        plain: Any = self.accelerator.unwrap_model(self.model)
+        self.say_how_to_serve()
+        frozen = not any(p.requires_grad for n, p in plain.named_parameters() if f".{NAME}." not in n)
+        save_weights(plain, folder, only_predictors=frozen and not has_adapter(plain))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            clear(folder)
+        self.accelerator.wait_for_everyone()
+        self.fold_scores()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and folder.is_dir():
+            write_curriculum(folder, self.curriculum)
+            write_atomically(folder / QUANTILES_FILE, json.dumps(self.quantiles.state_dict()) + "\n")
+            if self.config is not None:
+                write_training_config(folder, self.config)
+            seal(folder)
+            if self.n_checkpoints is not None:
+                rotate(folder.parent, self.n_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        if has_relevance(self.model):
+            load_relevance(self.model, folder)
+        load_curriculum(folder, self.curriculum)
+        if (folder / QUANTILES_FILE).exists():
+            self.quantiles.load_state_dict(json.loads((folder / QUANTILES_FILE).read_text(encoding="utf-8")))
+
+    def fold_scores(self) -> None:
+        """Whatever a step left to be taken into the state."""
+
+    def say_how_to_serve(self) -> None:
+        """Tell the predictors what they were trained with, so that their file says it."""
+        if self.relaxation is None or not has_relevance(self.model):
+            return
+        threshold = 0.0
+        if self.relaxation.threshold == "quantile":
+            last = self.curriculum.ratio(self.state.global_step, max(self.state.max_steps, 1))
+            threshold = self.quantiles.threshold(getattr(self.curriculum, "end_ratio", last), _HARD)
+        serve_as(self.model, Served(self.relaxation.n_sink, self.relaxation.n_recent, threshold))
+
+
+_HARD = 1e-3
+"""A temperature at which a soft threshold is the quantile."""
+
+
+class LogWithCheckpoints(TrainerCallback):
+    """Logs before every checkpoint: no sum is pending then, so a resumed run logs the same rows."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Called after Trainer's own decision to save."""
+        if control.should_save:
+            control.should_log = True

@@ -1,0 +1,61 @@
+"""What a trained model leaves on the disk: the adapter or the model, and the predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsekv.relevance.files import save_relevance
+from sparsekv.relevance.predictor import NAME, has_relevance
+from sparsekv.training.output import name_base, public_name
+
+
+def has_adapter(model: Any) -> bool:
+    """True for a model wrapped by PEFT."""
+    return hasattr(model, "disable_adapter")
+
+
+def without_predictors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as a plain model of transformers has it: predictors are in a file of their own."""
+    return {name: value for name, value in state.items() if f".{NAME}." not in name}
+
+
+def save_weights(model: Any, folder: str | Path, *, only_predictors: bool = False) -> None:
+    """Write the adapter or the model, and the predictors; nothing of this machine or of the run.
+
+    `only_predictors`: the model itself was not trained, so it is not written.
+    """
+    if not only_predictors:
+        options: dict[str, Any] = (
+            {} if has_adapter(model) else {"state_dict": without_predictors(model.state_dict())}
+        )
+        with serving_config(model):
+            model.save_pretrained(str(folder), **options)
+        tidy(model, folder)
+    if has_relevance(model):
+        save_relevance(model, folder)
+
+
+def tidy(model: Any, folder: str | Path) -> None:
+    """Take this machine out of what PEFT and Trainer wrote: the base's path, an empty card, pickled arguments."""
+    folder = Path(folder)
+    for name in ("README.md", "training_args.bin"):
+        (folder / name).unlink(missing_ok=True)
+    if has_adapter(model):
+        name_base(folder, public_name(str(model.get_base_model().config.name_or_path)))
+
+
+@contextmanager
+def serving_config(model: Any) -> Iterator[None]:
+    """The config as it is served: checkpointing switches the cache off, which is no property of the model."""
+    config = model.config
+    before = config.use_cache
+    config.use_cache = True
+    try:
+        yield
+    finally:
+        config.use_cache = before
