@@ -14,9 +14,8 @@ from torch import Tensor
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.plan import Seen
+from sparsekv.policies.sparsity import SPARSITY_KINDS
 from sparsekv.selection import NEVER
-
-SPARSITY_KINDS = ("entropy", "l1")
 
 
 @dataclass(frozen=True)

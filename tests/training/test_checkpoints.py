@@ -112,16 +112,18 @@ def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
 
 def test_rotation_keeps_whole_ones_whatever_their_dates(tmp_path: Path) -> None:
     folders = {step: make(tmp_path, step) for step in (100, 20, 9, 40, 60)}  # 100 is the oldest on the disk
+    (folders[60] / "curriculum_state.json").write_text("{}")
     (folders[60] / "manifest.json").unlink()  # killed while it was saved: it must not count
     (folders[40] / "shards" / "rank0.pt").write_bytes(b"cut")
     stale = tmp_path / ".final.partial-abc"
     (stale / "final").mkdir(parents=True)
     (tmp_path / "final").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-7").mkdir()  # somebody else's
     removed = rotate(tmp_path, 2)
     assert [path.name for path in removed] == ["checkpoint-9", "checkpoint-40", "checkpoint-60"]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint-20", "checkpoint-100", "final", "checkpoint-best"}
+    assert names == {"checkpoint-20", "checkpoint-100", "final", "checkpoint-best", "checkpoint-7"}
     assert latest_whole(tmp_path).path == folders[100] and damage(folders[20]) is None
     assert rotate(tmp_path, 2) == []
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):
@@ -130,7 +132,8 @@ def test_rotation_keeps_whole_ones_whatever_their_dates(tmp_path: Path) -> None:
 
 def test_rotation_removes_nothing_while_nothing_is_whole(tmp_path: Path) -> None:
     for step in (1, 2):
-        (make(tmp_path, step) / "manifest.json").unlink()
+        (folder := make(tmp_path, step)).joinpath("manifest.json").unlink()
+        (folder / "curriculum_state.json").write_text("{}")
     assert rotate(tmp_path, 1) == [] and len(list_checkpoints(tmp_path)) == 2
     make(tmp_path, 3)
     assert len(rotate(tmp_path, 1)) == 2 and [step_of(p) for p in list_checkpoints(tmp_path)] == [3]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekv.architecture import check_supported
 from sparsekv.errors import ConfigError
-from sparsekv.models.locate import ModelSource, locate_model
+from sparsekv.models.locate import ADAPTER_CONFIG, ModelSource, locate_model
 from sparsekv.models.placement import resolve_device, resolve_dtype
 from sparsekv.relevance import RELEVANCE_FILE, load_relevance
 
@@ -35,7 +35,8 @@ def load_model(
     Args:
         name: an embedded name ("smollm2": fetched now if it was not yet), a local folder, or a Hub id. The
             folder may be that of a LoRA adapter, whose base is then found by the id that the adapter names.
-        adapter: folder of a LoRA adapter to put on top of `name`, whatever base the adapter itself names.
+        adapter: folder of a LoRA adapter, or of relevance predictors alone, to put on top of `name`, whatever
+            base it names itself.
         dtype: "auto" (bfloat16 if the device computes in it, else float32), "float32", "bfloat16", "float16".
         device: "auto" (CUDA, else Apple's GPU, else CPU) or a torch device.
         device_map: as in transformers, e.g. "auto" to spread the layers over all GPUs; excludes `device`.
@@ -84,7 +85,7 @@ def load_model(
         )
     if device_map is None:
         model = model.to(place)
-    if source.adapter is not None:
+    if source.adapter is not None and (source.adapter / ADAPTER_CONFIG).is_file():
         model = add_adapter(model, source.adapter, name=name, merge=merge_adapter)
     for folder in (source.adapter, source.path):
         if folder is not None and (Path(folder) / RELEVANCE_FILE).is_file():

@@ -12,6 +12,7 @@ from typing import Any
 from sparsekv.errors import ConfigError, nearest, unknown
 from sparsekv.models.embedded import MODELS, embedded_by_public_id
 from sparsekv.models.fetch import fetch_model, print_progress
+from sparsekv.relevance import RELEVANCE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -71,16 +72,18 @@ def locate_model(name: str, adapter: str | Path | None = None) -> ModelSource:
 
 
 def check_adapter_folder(adapter: str | Path) -> Path:
-    """The folder of a LoRA adapter, if it is one that can be loaded.
+    """The folder of a LoRA adapter, or of relevance predictors alone, if it is one that can be loaded.
 
     Raises:
-        ConfigError: no such folder, no adapter_config.json, no safetensors, or not a LoRA adapter.
+        ConfigError: no such folder, nothing of the two in it, no safetensors, or not a LoRA adapter.
     """
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"adapter folder {str(adapter)!r} does not exist{_hint(folder.name, _siblings(folder))}"
         )
+    if not (folder / ADAPTER_CONFIG).is_file() and (folder / RELEVANCE_FILE).is_file():
+        return folder
     kind = _read_adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"adapter {str(adapter)!r} is of type {kind!r}; allowed: 'LORA'")

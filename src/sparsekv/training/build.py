@@ -49,7 +49,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
     model, tokenizer = load_model(
         config.model,
-        dtype=config.dtype,
+        dtype=config.weights_dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
@@ -161,6 +161,7 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArgum
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.bf16,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=config.keep_checkpoints,

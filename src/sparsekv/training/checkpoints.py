@@ -19,6 +19,7 @@ from sparsekv.models.folder import sha256_of
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import (
     CONFIG_FILE,
+    CURRICULUM_FILE,
     public_settings,
     read_training_config,
     remove_partial,
@@ -144,7 +145,9 @@ def latest_whole(output_dir: Path) -> Latest:
 
 
 def rotate(output_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the `keep` newest whole checkpoints, the broken ones, and what a killed process left of `final/`.
+    """Remove all but the `keep` newest whole checkpoints, broken ones, and what a killed process left of `final/`.
+
+    Folders of that name which show no sign of this project (neither a manifest nor a curriculum's state) stay.
 
     Call it in one process, after the newest one was sealed. While none is whole, no checkpoint is removed. Contents
     were hashed when they were sealed and are hashed again before anything resumes; here sizes are enough.
@@ -168,7 +171,8 @@ def rotate(output_dir: Path, keep: int) -> list[Path]:
     remove_partial(output_dir)
     every = list_checkpoints(output_dir)
     kept = [path for path in every if damage(path, contents=False) is None][:keep]
-    removed = sorted((path for path in every if path not in kept), key=step_of) if kept else []
+    ours = [path for path in every if (path / MANIFEST).exists() or (path / CURRICULUM_FILE).exists()]
+    removed = sorted((path for path in ours if path not in kept), key=step_of) if kept else []
     for path in removed:
         (path / MANIFEST).unlink(
             missing_ok=True

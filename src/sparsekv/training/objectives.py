@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.observers import SPARSITY_KINDS
 from sparsekv.plan import SelectionPlan
+from sparsekv.policies.sparsity import SPARSITY_KINDS
 from sparsekv.registry import Registry
 from sparsekv.training.data_layout import IGNORED
 from sparsekv.training.dropping import seed_of

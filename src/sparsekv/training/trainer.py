@@ -150,7 +150,7 @@ class SparseKVTrainer(ResumableTrainer):
         self.dropping = dropping or DroppingConfig()
         # A press that was given no ratio, and no curriculum to set one, decides by sizes of its own.
         budget = press.budget() if hasattr(press, "budget") else None
-        owns = getattr(self.policy, "threshold", None) is not None or curriculum is None
+        owns = getattr(press, "own_sized", False) or curriculum is None
         self.own_budget: Budget | None = (
             budget if budget is not None and budget.compression_ratio is None and owns else None
         )
