@@ -108,3 +108,16 @@ def test_broken_files_are_told(trained, tmp_path):
     with pytest.raises(ConfigError, match="does not fit layer 1") as caught:
         load_relevance(tiny_model("llama"), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_predictors_alone_is_an_adapter(trained, tmp_path):
+    from sparsekv import load_model
+    from toy import save_toy_model
+
+    folder = save_toy_model(tmp_path / "model")
+    predictors = tmp_path / "predictors"
+    predictors.mkdir()
+    save_relevance(trained, predictors)
+    model, _ = load_model(str(folder), adapter=predictors, dtype="float32")
+    assert all(torch.equal(value, gates(trained)[name]) for name, value in gates(model).items())
+    assert has_relevance(model) and not has_relevance(load_model(str(folder), dtype="float32")[0])
