@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_what_is_left(name, way, family, monkeyp
     padded = {}
     for layer, rows in weights.items():
         total = plan.selected[layer].shape[-1]
-        spans = [plan._span(row, total) for row in range(len(rows[:2]))]
+        spans = [plan.span(row, total) for row in range(len(rows[:2]))]
         padded[layer] = torch.stack(
             [
                 torch.nn.functional.pad(rows[row], (start, total - end))
