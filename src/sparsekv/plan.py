@@ -223,7 +223,7 @@ class SelectionPlan:
                 ids=None if self.ids is None else self.ids[row : row + 1, start:end],
                 tokenizer=self.tokenizer,
             )
-            leaves = self._leaves(start, end, at.device)
+            leaves = self.leaves(start, end, at.device)
             if not is_soft and end - start <= observation_window(policy):
                 continue  # such a press can't score so short a context
             budget = budget_for(policy, self.budget, end - start)
@@ -249,7 +249,7 @@ class SelectionPlan:
             self.scores.setdefault(layer_idx, scores)
         return at, torch.stack(weights)
 
-    def _leaves(self, start: int, end: int, device: torch.device) -> Tensor:
+    def leaves(self, start: int, end: int, device: torch.device) -> Tensor:
         """IntTensor [end - start]: when an entry that is not kept leaves."""
         columns = torch.arange(start, end, dtype=torch.int32, device=device)
         return columns + self.window if self.window is not None else torch.full_like(columns, end)

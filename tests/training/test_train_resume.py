@@ -139,3 +139,14 @@ def test_killed_runs_end_as_the_uninterrupted_one(changes, kills, config, tmp_pa
     assert states[0] == states[1]
     ratios = {row["requested_compression"] for row in rows_of(whole) if "requested_compression" in row}
     assert len(ratios) > 3, "the curriculum must have moved"
+
+    said = forked_cli.finish(forked_cli.start(arguments, tmp_path / "again.log"), tmp_path / "again.log")
+    assert said.startswith("exit 0"), said
+    again = weights_of(killed)
+    assert all(torch.equal(value, again[name]) for name, value in weights.items()), "finished is finished"
+    assert not (killed / f"checkpoint-{STEPS + 1}").exists() and untimed(killed) == untimed(whole)
+    left = "".join(path.read_text(errors="replace") for path in killed.rglob("*.json"))
+    left += "".join(path.read_text() for path in killed.rglob("*.md"))
+    assert str(tmp_path) not in left and not list(killed.rglob("training_args.bin")), (
+        "no path of this machine"
+    )

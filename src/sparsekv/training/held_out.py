@@ -64,5 +64,6 @@ def served_by_scores(
         scores = torch.stack([looking.scores[layer][place] for layer in layers])[None]
         place += 1
         kept = keep_top(scores, Budget(compression_ratio=ratio, scope="model"))[0].cpu()
-        at[row, layers, :, start:end] = torch.where(kept, NEVER, end).to(torch.int32)
-    return SelectionPlan(selection=Selection(at.to(batch["input_ids"].device)))
+        leaves = looking.leaves(start, end, kept.device)
+        at[row, layers, :, start:end] = torch.where(kept, NEVER, leaves).to(torch.int32)
+    return SelectionPlan(selection=Selection(at.to(batch["input_ids"].device)), window=plan.window)
