@@ -168,7 +168,7 @@ class CurriculumConfig(Named):
 
     Parameters
     ----------
-    name : fixed, linear, cosine, step or adaptive
+    name : fixed, linear, cosine, spread, step or adaptive
     args : the parameters of its class, or keep-ratio spellings of them (`training.curricula.make_curriculum`)
     """
 
