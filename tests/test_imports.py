@@ -1,6 +1,6 @@
 """Imports point one way: every module may use what stands left of it, and nothing goes round in a circle.
 
-    errors registry config_files < selection architecture < policies < relevance < cache
+    errors registry config_files files < selection architecture < policies < relevance < cache
     < eviction masked plan observers attention probe < models generation < metrics benchmarks < config
     < training < evaluation < reporting < cli
 
@@ -17,7 +17,7 @@ import sparsekv
 ROOT = Path(sparsekv.__file__).parent
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors", "registry", "config_files"),
+    ("errors", "registry", "config_files", "files"),
     ("selection", "architecture"),
     ("policies",),
     ("relevance",),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.plan import Seen
+from sparsekv.policies.picks import layer_generator
 from sparsekv.policies.sparsity import SPARSITY_KINDS
 from sparsekv.selection import NEVER
 
@@ -109,7 +110,7 @@ class AttentionSparsity:
         if self.n_queries is None or self.n_queries >= total - start:
             return torch.arange(start, total, device=device)
         seed = self.seeds[min(row, len(self.seeds) - 1)]
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + seen.layer_idx) % 2**63)
+        generator = layer_generator(seed, seen.layer_idx)
         # With replacement: an unbiased mean either way, and one cheap draw.
         return torch.randint(start, total, (self.n_queries,), generator=generator).to(device)
 

@@ -12,7 +12,8 @@ import pytest
 import sparsekv
 from sparsekv.config import EvalConfig, parse_config
 from sparsekv.evaluation import identity as module
-from sparsekv.evaluation.identity import commit, identity, machine, short_name, versions, weights_fingerprint
+from sparsekv.evaluation.identity import commit, identity, machine, versions, weights_fingerprint
+from sparsekv.models import public_name
 
 
 def test_a_fingerprint_tells_weights_apart(tiny_model: Callable[..., Any]) -> None:
@@ -29,10 +30,10 @@ def test_a_fingerprint_tells_weights_apart(tiny_model: Callable[..., Any]) -> No
 
 
 def test_models_are_named_as_others_know_them(tmp_path: Path) -> None:
-    assert short_name("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert short_name("org/name") == "org/name"
+    assert public_name("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("org/name") == "org/name"
     (tmp_path / "mine").mkdir()
-    assert short_name(str(tmp_path / "mine")) == "mine"
+    assert public_name(str(tmp_path / "mine")) == "mine"
 
 
 def test_identity_holds_what_the_user_chose(

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.records import JsonLines, write_atomically
+from sparsekv.evaluation.records import JsonLines
+from sparsekv.files import write_atomically
 
 ROWS = [{"id": 0, "text": "α\u2028β"}, {"id": 1, "text": "line\nbreak"}, {"id": 2, "text": ""}]
 

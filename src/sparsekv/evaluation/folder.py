@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.records import SCHEMA_VERSION, JsonLines, write_atomically
+from sparsekv.evaluation.records import SCHEMA_VERSION, JsonLines
+from sparsekv.files import write_atomically
 
 LOCK_NAME = ".lock"
 RUN_NAME = "run.json"

@@ -14,17 +14,11 @@ import torch
 
 import sparsekv
 from sparsekv.config import EvalConfig
-from sparsekv.models import public_id
+from sparsekv.models import public_name
 from sparsekv.models.placement import resolve_device, resolve_dtype
 
 _PACKAGES = ("torch", "transformers", "kvpress", "peft", "numpy")
 _SAMPLES = 64
-
-
-def short_name(name: str) -> str:
-    """A model's public name: its Hub id, or the last part of a local folder's path."""
-    folder = Path(name).expanduser()
-    return folder.resolve().name if folder.is_dir() else public_id(name)
 
 
 def weights_fingerprint(model: Any) -> str:
@@ -42,8 +36,8 @@ def known_identity(config: EvalConfig) -> dict[str, Any]:
     """The part of `identity` that is known before weights are loaded; the error names the first that differs."""
     place = resolve_device(config.device)
     known = {
-        "model": short_name(config.model),
-        "adapter": None if config.adapter is None else short_name(config.adapter),
+        "model": public_name(config.model),
+        "adapter": None if config.adapter is None else public_name(config.adapter),
         "dtype": str(resolve_dtype(config.dtype, place)).removeprefix("torch."),
         "device": place.type,
         "seed": config.seed,

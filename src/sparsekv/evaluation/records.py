@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import write_all
 
 SCHEMA_VERSION = 1
 
@@ -172,33 +173,13 @@ class JsonLines:
         try:
             before = os.fstat(descriptor).st_size
             try:
-                _write_all(descriptor, data)
+                write_all(descriptor, data)
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, before)
                 raise
         finally:
             os.close(descriptor)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a temporary sibling and rename it: a reader sees the old file or the new one, never a half."""
-    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            _write_all(stream.fileno(), data)
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsekv.models.embedded import MODELS, EmbeddedModel, public_id
+    from sparsekv.models.embedded import MODELS, EmbeddedModel, public_id, public_name
     from sparsekv.models.fetch import fetch_model
     from sparsekv.models.load import load_model, load_tokenizer
 
@@ -17,6 +17,7 @@ _HOME = {
     "MODELS": "embedded",
     "EmbeddedModel": "embedded",
     "public_id": "embedded",
+    "public_name": "embedded",
     "fetch_model": "fetch",
     "load_model": "load",
     "load_tokenizer": "load",
@@ -29,6 +30,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "public_id",
+    "public_name",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparsekv.registry import Registry
 
@@ -68,6 +69,12 @@ MODELS.register(
 def public_id(name: str) -> str:
     """Hub id of an embedded model; any other name (Hub id or folder) is returned as it is."""
     return MODELS.get(name).public_id if name in MODELS else name
+
+
+def public_name(name: str) -> str:
+    """A model's public name: its Hub id, or the last part of a local folder's path."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else public_id(name)
 
 
 def embedded_by_public_id(hub_id: str) -> EmbeddedModel | None:

@@ -223,15 +223,8 @@ class PolicyPress(BasePress):
                 )
             ids = torch.zeros(batch, n, dtype=torch.int64, device=keys.device)
             mask = torch.ones_like(ids, dtype=torch.bool)
-        config: Any = module.config
-        context = TokenContext(
-            input_ids=ids,
-            attention_mask=mask,
-            n_layers=architecture.num_layers(config),
-            n_kv_heads=keys.shape[1],
-            compressible=tuple(architecture.compressible_layers(config)),
-            tokenizer=self.tokenizer,
-            seeds=(self.seed,) * batch,
+        context = TokenContext.of_model(
+            module.config, ids, mask, tokenizer=self.tokenizer, seeds=(self.seed,) * batch
         )
         kept = policy.select(context, self.budget()).kept_at(n).to(keys.device)
         if self._ids is not None:

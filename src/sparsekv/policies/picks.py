@@ -78,6 +78,11 @@ def row_generator(seed: int, row_seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def layer_generator(seed: int, layer_idx: int) -> torch.Generator:
+    """A generator of a row's seed in one layer: recomputing the layer draws the same."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer_idx) % 2**63)
+
+
 def drawn(shape: tuple[int, ...], k: int, generator: torch.Generator) -> Tensor:
     """LongTensor [..., min(k, n)] for `shape` [..., n]: k distinct ranks of n, any set equally likely.
 

@@ -139,11 +139,9 @@ class DropoutPress(PolicyPress):
         self._ratio = value
 
 
-@PRESSES.register("block_dropout")
-class BlockDropoutPress(DropoutPress):
-    """Random blocks of `block_size` tokens leave; see `BlockDropout` (share) and `DropoutPress`."""
+class _BlockPress(DropoutPress):
+    """Blocks of one size leave; the size comes first."""
 
-    kind = BlockDropout
     reads_ids = False
 
     def __init__(
@@ -156,23 +154,20 @@ class BlockDropoutPress(DropoutPress):
         super().__init__(compression_ratio, block_size=block_size, n_sink=n_sink, **more)
 
 
+@PRESSES.register("block_dropout")
+class BlockDropoutPress(_BlockPress):
+    """Random blocks of `block_size` tokens leave; see `BlockDropout` (share) and `DropoutPress`."""
+
+    kind = BlockDropout
+
+
 @PRESSES.register("adaptive_block_dropout")
-class AdaptiveBlockDropoutPress(DropoutPress):
+class AdaptiveBlockDropoutPress(_BlockPress):
     """Blocks of low attention density or high sink share leave more often; see `AdaptiveBlockDropout` (temperature,
     sink_weight, window, samples, share) and `DropoutPress`.
     """
 
     kind = AdaptiveBlockDropout
-    reads_ids = False
-
-    def __init__(
-        self,
-        block_size: int = 64,
-        compression_ratio: float | None = None,
-        n_sink: int | None = None,
-        **more: Any,
-    ) -> None:
-        super().__init__(compression_ratio, block_size=block_size, n_sink=n_sink, **more)
 
 
 @PRESSES.register("variable_block_dropout")

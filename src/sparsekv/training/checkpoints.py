@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import write_atomically
 from sparsekv.models.folder import sha256_of
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import (
@@ -23,7 +24,6 @@ from sparsekv.training.output import (
     public_settings,
     read_training_config,
     remove_partial,
-    write_atomically,
 )
 
 MANIFEST = "manifest.json"

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
-from sparsekv.models import public_id
+from sparsekv.files import write_atomically
+from sparsekv.models import public_name
 from sparsekv.training.card import write_card
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.curriculum import Curriculum
@@ -39,12 +40,6 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 _PARTIAL = f".{FINAL}.partial-"
 
 _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/])[^\\/]")
-
-
-def public_name(model: str) -> str:
-    """A model's public name: its Hub id, or the last part of a local folder's path."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else public_id(model)
 
 
 def public_settings(config: TrainConfig) -> dict[str, Any]:
@@ -207,20 +202,6 @@ def name_base(folder: Path, base: str) -> None:
     path = folder / ADAPTER_CONFIG_FILE
     if path.exists():
         _write_json(path, {**_read_json(path), "base_model_name_or_path": base})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary sibling and rename it: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(text.encode("utf-8", errors="backslashreplace"))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

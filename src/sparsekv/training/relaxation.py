@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerContext
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.picks import layer_generator
 from sparsekv.policies.sizes import check_size
 from sparsekv.policies.soft import threshold_for
 from sparsekv.relevance.policy import Relevance
@@ -51,7 +52,7 @@ class RelaxedRelevance(Relevance):
         """Log weights <= 0, fp32 [B, H, T]; 0 for entries that always stay."""
         g = relevance_of(ctx.module, ctx.hidden_states) - self.served(ctx).threshold
         if self.noise:
-            generator = torch.Generator().manual_seed((ctx.seed * 1_000_003 + ctx.layer_idx) % 2**63)
+            generator = layer_generator(ctx.seed, ctx.layer_idx)
             u = torch.rand(g.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(g.device)
             g = g + self.noise * torch.logit(u)
         weight = nn.functional.logsigmoid(g / self.temperature)

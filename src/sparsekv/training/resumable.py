@@ -10,21 +10,31 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import write_atomically
 from sparsekv.relevance.files import load_relevance, save_relevance
-from sparsekv.relevance.predictor import NAME, Served, has_relevance, serve_as
-from sparsekv.training.checkpoints import check_config, clear, damage, latest_whole, rotate, seal, step_of
+from sparsekv.relevance.predictor import Served, has_relevance, serve_as
+from sparsekv.training.checkpoints import (
+    check_config,
+    checkpoint_folder,
+    clear,
+    damage,
+    latest_whole,
+    rotate,
+    seal,
+    step_of,
+)
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.output import (
     load_curriculum,
-    write_atomically,
     write_curriculum,
     write_training_config,
 )
 from sparsekv.training.relaxation import Relaxation, ScoreQuantiles
+from sparsekv.training.setup import moves_without_adapters
 from sparsekv.training.weights import has_adapter, save_weights, serving_config, tidy, without_predictors
 
 logger = logging.getLogger(__name__)
@@ -116,11 +126,11 @@ class ResumableTrainer(Trainer):
         """What `final/` holds of the model: adapter, model, or predictors alone where nothing else was trained."""
         plain: Any = self.accelerator.unwrap_model(self.model)
         self.say_how_to_serve()
-        frozen = not any(p.requires_grad for n, p in plain.named_parameters() if f".{NAME}." not in n)
-        save_weights(plain, folder, only_predictors=frozen and not has_adapter(plain))
+        trained = has_adapter(plain) or moves_without_adapters(plain)
+        save_weights(plain, folder, only_predictors=not trained)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step)
         if self.args.should_save:
             clear(folder)
         self.accelerator.wait_for_everyone()

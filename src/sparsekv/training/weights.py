@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekv.models import public_name
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import NAME, has_relevance
-from sparsekv.training.output import name_base, public_name
+from sparsekv.training.output import name_base
 
 
 def has_adapter(model: Any) -> bool:
