@@ -241,3 +241,17 @@ def test_spread_fills_its_range_evenly_and_depends_on_the_step_alone() -> None:
     assert late == [curriculum.ratio(step, 100) for step in range(10, 110)]
     with pytest.raises(ConfigError, match="top_ratio must be at least end_ratio"):
         make_curriculum("spread", end_ratio=0.6, top_ratio=0.5)
+
+
+def test_spread_runs_with_the_full_cache_every_so_many_steps() -> None:
+    arguments = {"start_ratio": 0.1, "end_ratio": 0.6, "top_ratio": 0.9, "warmup_steps": 10}
+    plain, mixed = (
+        make_curriculum("spread", **arguments),
+        make_curriculum("spread", full_every=5, **arguments),
+    )
+    for step in range(40):
+        wanted = 0.0 if step in (4, 9, 14, 19, 24, 29, 34, 39) else plain.ratio(step, 100)
+        assert mixed.ratio(step, 100) == wanted
+    for wrong in (-1, 2.5, True):
+        with pytest.raises(ConfigError, match="full_every must be a whole number"):
+            make_curriculum("spread", full_every=wrong)

@@ -93,6 +93,39 @@ def test_a_teacher_that_is_the_student_leaves_cross_entropy_alone():
     assert abs(float(both.parts["kl"])) < 1e-5
 
 
+def test_context_tokens_are_held_at_the_teacher():
+    """Drawn tokens before the boundary, none with a label, none after padding; their mean KL times the labels."""
+    student, teacher = output(0), output(1)
+    made = batch() | {"boundary": torch.tensor([6, 7]), "seeds": torch.tensor([5, 6])}
+    made["labels"][:, :6] = -100
+    unlabelled = made | {"labels": made["input_ids"]}
+    _, kl_everywhere = by_hand(student, teacher, unlabelled)
+    ce, kl = by_hand(student, teacher, made)
+    plain = EITObjective(lambda_kl=0.7)(student, teacher, made, None, ITEMS)
+    # more tokens than there are: row 0 has columns 1..5, row 1 (two of padding) 3..5; column 6 has a label
+    every = EITObjective(lambda_kl=0.7, lambda_context=2.0, context_tokens=50)
+    losses = every(student, teacher, made, None, ITEMS)
+    context = 3 * kl_everywhere[0, 1:6].mean() + 3 * kl_everywhere[1, 3:6].mean()
+    wanted = (ce.sum() + 0.7 * kl.sum() + 2.0 * context) / ITEMS
+    torch.testing.assert_close(losses.total, wanted)
+    assert float(losses.total.detach()) > float(plain.total.detach()) + 0.1
+    assert losses.counts == {"ce": 6, "kl": 6, "kl_context": 8}
+    torch.testing.assert_close(losses.parts["kl"], plain.parts["kl"])
+    (grad,) = torch.autograd.grad(losses.total, student.states)
+    (wanted_grad,) = torch.autograd.grad(wanted, student.states)
+    torch.testing.assert_close(grad, wanted_grad)
+
+    drawn = EITObjective(lambda_context=1.0, context_tokens=2)
+    weights = drawn.terms(made).kl_context
+    assert (weights > 0).sum(1).tolist() == [2, 2]
+    torch.testing.assert_close(weights.sum(1), torch.tensor([3.0, 3.0]))
+    assert weights[:, 6:].max() == 0 and weights[0, 0] == 0 and weights[1, :3].max() == 0
+    again = drawn.terms(made | {"seeds": torch.tensor([5, 7])}).kl_context
+    torch.testing.assert_close(again[0], weights[0])
+    mixed = MixedObjective(objectives=((drawn, 0.5),))
+    torch.testing.assert_close(mixed.terms(made).kl_context, 0.5 * weights)
+
+
 def test_reconstruction_appends_a_span_of_the_context():
     objective = ReconstructionObjective(weight=0.5, span=4, cue=1)
     made = objective.prepare(batch(), boundaries=[6, 7], seeds=[11, 12])

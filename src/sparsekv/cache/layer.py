@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from sparsekv.errors import ConfigError
 
 LAYER_ATTRIBUTE = "_sparsekv_layer"
 """Set on the tensors that `update` returns, so that the attention function finds the layer."""
+
+
+class Reader(Protocol):
+    """How a layer's entries are read, where not all of them are: per-step selection, recall from a second tier."""
+
+    def attend(
+        self, layer: SparseLayer, query: Tensor, attention_mask: Tensor | None, scaling: float | None
+    ) -> Tensor:
+        """Attention [B, Q, Hq, D] of queries [B, Hq, Q, D], the newest Q tokens, which are stored already."""
 
 
 class SparseLayer(CacheLayerMixin):
@@ -37,6 +46,7 @@ class SparseLayer(CacheLayerMixin):
         self.n_kv_heads = 0
         # hidden states, cos, sin [B, n, ...] of the newest tokens, for layer policies while decoding
         self.recent_inputs: tuple[Tensor, ...] | None = None
+        self.reader: Reader | None = None  # None: every entry is read
 
     # transformers reads these on some paths; they exist only while the layer is dense
     @property

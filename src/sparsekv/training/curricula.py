@@ -143,25 +143,34 @@ class SpreadCurriculum(_Ramp):
     start_ratio, end_ratio, warmup_steps : as for LinearCurriculum
     top_ratio : float in [end_ratio, 1)
         Upper end of the range.
+    full_every : int >= 0
+        Every so many steps nothing is evicted, so that the full cache is served as well; 0: never so.
 
     Raises
     ------
     ConfigError
-        If a ratio is outside [0, 1), or top_ratio is below end_ratio.
+        If a ratio is outside [0, 1), top_ratio is below end_ratio, or full_every is negative or a fraction.
     """
 
     top_ratio: float = 0.9
+    full_every: int = 0
     name = "spread"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.full_every, bool) or not isinstance(self.full_every, int) or self.full_every < 0:
+            raise ConfigError(
+                f"curriculum spread: full_every must be a whole number >= 0, got {self.full_every!r}"
+            )
         if checked_ratio("spread", "top_ratio", self.top_ratio) < self.end_ratio:
             raise ConfigError(
                 f"curriculum spread: top_ratio must be at least end_ratio {self.end_ratio}, got {self.top_ratio}"
             )
 
     def ratio(self, step: int, total_steps: int) -> float:
-        """The ramp, plus a place in the range."""
+        """The ramp, plus a place in the range; 0 every `full_every` steps."""
+        if self.full_every and (step + 1) % self.full_every == 0:
+            return 0.0
         done = self._progress(step, total_steps)
         place = (step * _GOLDEN) % 1.0
         ramp = self.start_ratio + (self.end_ratio - self.start_ratio) * done

@@ -21,7 +21,7 @@ from sparsekv.plan import SelectionPlan
 from sparsekv.policies.sparsity import SPARSITY_KINDS
 from sparsekv.registry import Registry
 from sparsekv.training.data_layout import IGNORED
-from sparsekv.training.dropping import seed_of
+from sparsekv.training.dropping import BOUNDARY, SEEDS, seed_of
 from sparsekv.training.linear_loss import Head, token_losses
 
 REPEATED = "repeated"
@@ -47,11 +47,21 @@ class Losses:
 
 @dataclass(frozen=True)
 class Terms:
-    """Weights of one objective on one batch: `ce` and `kl` fp32 [B, T] (at the label's column), `sparsity` a number."""
+    """Weights of one objective on one batch, at the predicted token's column.
+
+    Parameters
+    ----------
+    ce, kl : fp32 [B, T]
+        Of tokens that have a label.
+    sparsity : float
+    kl_context : fp32 [B, T], optional
+        Of the KL of further tokens, which have no label; 0 leaves one out.
+    """
 
     ce: Tensor
     kl: Tensor
     sparsity: float = 0.0
+    kl_context: Tensor | None = None
 
 
 class Objective(ABC):
@@ -97,13 +107,18 @@ class Objective(ABC):
         if self.needs_teacher and teacher is None:
             raise ConfigError(f"objective {self.name} needs a teacher: the model's full cache, adapters off")
         labels = batch["labels"][:, 1:]
-        chosen = labels != IGNORED
+        labelled = labels != IGNORED
         terms = self.terms(batch)
-        ce_weight, kl_weight = terms.ce[:, 1:][chosen], terms.kl[:, 1:][chosen]
+        ce_weights, kl_weights, chosen = terms.ce[:, 1:], terms.kl[:, 1:], labelled
+        if terms.kl_context is not None:
+            context = torch.where(labelled, 0.0, terms.kl_context[:, 1:])
+            ce_weights, kl_weights = labelled * ce_weights, torch.where(labelled, kl_weights, context)
+            chosen = labelled | (context > 0)
+        ce_weight, kl_weight = ce_weights[chosen], kl_weights[chosen]
         losses = token_losses(
             student.states[:, :-1][chosen],
             student.head,
-            labels[chosen],
+            labels.clamp_min(0)[chosen],
             ce_weight / num_items,
             teacher_states=None if teacher is None else teacher.states[:, :-1][chosen],
             teacher_head=None if teacher is None else teacher.head,
@@ -113,14 +128,18 @@ class Objective(ABC):
         total = losses.total
         repeated = batch.get(REPEATED)
         again = torch.zeros_like(chosen) if repeated is None else repeated[:, 1:]
-        plain = ~again[chosen]
+        own = labelled[chosen]
+        plain = own & ~again[chosen]
         parts = {"ce": losses.ce[plain].sum()}
         counts = {"ce": int(plain.sum())}
         if self.needs_teacher:
             parts["kl"], counts["kl"] = losses.kl[plain].sum(), counts["ce"]
+        if terms.kl_context is not None:
+            parts["kl_context"], counts["kl_context"] = losses.kl[~own].sum(), int((~own).sum())
         if repeated is not None:
-            parts["reconstruction"], counts["reconstruction"] = losses.ce[~plain].sum(), int((~plain).sum())
-        share = float(chosen.sum()) / num_items  # of this micro-batch in the step
+            more = own & ~plain
+            parts["reconstruction"], counts["reconstruction"] = losses.ce[more].sum(), int(more.sum())
+        share = float(labelled.sum()) / num_items  # of this micro-batch in the step
         if terms.sparsity and selection is not None and selection.collected.get("sparsity"):
             sparsity = torch.stack(list(selection.collected["sparsity"].values())).mean()
             total = total + terms.sparsity * share * sparsity
@@ -179,18 +198,26 @@ class SparseLMObjective(Objective):
 class EITObjective(Objective):
     """Eviction-invariant training: cross-entropy plus lambda_kl · KL(full-cache teacher || student).
 
-    The teacher is the frozen base with nothing evicted; the student sees what eviction leaves.
+    The teacher is the frozen base with nothing evicted; the student sees what eviction leaves. Tokens of the context
+    itself, which see all before them in the student too, can be held at the teacher as well: what trains on answers
+    alone forgets how plain text goes on.
 
     Parameters
     ----------
     lambda_kl : float >= 0
     temperature : float > 0
     lambda_ce : float >= 0
+    lambda_context : float >= 0
+        Of the mean KL over `context_tokens` tokens before the boundary that have no label, drawn for every sample; a
+        sample weighs as much as its labels do. For dropping "prefill".
+    context_tokens : int >= 1
     """
 
     lambda_kl: float = 1.0
     temperature: float = 1.0
     lambda_ce: float = 1.0
+    lambda_context: float = 0.0
+    context_tokens: int = 128
     needs_teacher: bool = True
     name: ClassVar[str] = "eit"
 
@@ -199,11 +226,34 @@ class EITObjective(Objective):
         _at_least_0(self.name, "lambda_ce", self.lambda_ce)
         if not self.temperature > 0:
             raise ConfigError(f"objective eit: temperature must be above 0, got {self.temperature!r}")
+        _at_least_0(self.name, "lambda_context", self.lambda_context)
+        if isinstance(self.context_tokens, bool) or not (
+            isinstance(self.context_tokens, int) and self.context_tokens >= 1
+        ):
+            raise ConfigError(
+                f"objective eit: context_tokens must be a whole number >= 1, got {self.context_tokens!r}"
+            )
 
     def terms(self, batch: Mapping[str, Tensor]) -> Terms:
-        """CE lambda_ce, KL lambda_kl."""
+        """CE lambda_ce, KL lambda_kl, and lambda_context over a draw of the context."""
         one = _ones(batch)
-        return Terms(self.lambda_ce * one, self.lambda_kl * one)
+        context = self._context(batch) if self.lambda_context else None
+        return Terms(self.lambda_ce * one, self.lambda_kl * one, kl_context=context)
+
+    def _context(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Weights [B, T] of the drawn tokens; those of a row sum up to lambda_context times its labels."""
+        labels, mask = batch["labels"], batch["attention_mask"]
+        found = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+        rows = zip(batch[BOUNDARY].tolist(), batch[SEEDS].tolist(), strict=True)
+        for row, (boundary, seed) in enumerate(rows):
+            first = labels.shape[1] - int(mask[row].sum()) + 1  # the row's first token follows nothing
+            free = first + (labels[row, first:boundary] == IGNORED).nonzero()[:, 0]
+            if not free.numel():
+                continue
+            generator = torch.Generator().manual_seed(seed_of(seed, 4))
+            drawn = free[torch.randperm(free.numel(), generator=generator)[: self.context_tokens]]
+            found[row, drawn] = self.lambda_context * float((labels[row] != IGNORED).sum()) / drawn.numel()
+        return found
 
 
 @OBJECTIVES.register("reconstruction")
@@ -309,6 +359,7 @@ class MixedObjective(Objective):
         """The weighted sum; on repeated tokens only the reconstruction counts."""
         ce = torch.zeros_like(_ones(batch))
         kl, sparsity = torch.zeros_like(ce), 0.0
+        context: Tensor | None = None
         repeated = batch.get(REPEATED)
         for one, weight in self.objectives:
             part = one.terms(batch)
@@ -317,7 +368,9 @@ class MixedObjective(Objective):
                 own = (~repeated).float()
             ce, kl = ce + weight * own * part.ce, kl + weight * own * part.kl
             sparsity += weight * part.sparsity
-        return Terms(ce, kl, sparsity)
+            if part.kl_context is not None:
+                context = weight * part.kl_context + (0.0 if context is None else context)
+        return Terms(ce, kl, sparsity, context)
 
 
 def make_objective(name: str, **args: object) -> Objective:
