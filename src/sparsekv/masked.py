@@ -12,6 +12,7 @@ boundary b only (what compression after a prefill does), the square is split, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsekv.errors import ConfigError
 from sparsekv.selection import NEVER
+
+LEAST_LOG_WEIGHT = -1e4
+"""Nothing is left of an entry under it, in any type."""
 
 Boundary = tuple[int, int]
 """(first real column, first column that misses what was evicted) of one row."""
@@ -195,14 +199,13 @@ def _attend_after(
     counts = kept.sum(-1)
     mask: Tensor
     if log_weight is not None:
-        weight = log_weight[:, :, start:end].to(query.device, query.dtype).masked_fill(kept, 0.0)
-        causal = torch.zeros(n_query, n_query, dtype=query.dtype, device=query.device)
-        causal = causal.masked_fill(~tail, float("-inf"))
-        mask = torch.cat(
-            [weight[:, :, None].expand(-1, -1, n_query, -1), causal.expand(*weight.shape[:2], -1, -1)], dim=-1
+        weight = log_weight[:, :, start:end].to(query.device).masked_fill(kept, 0.0)
+        folded = query[:, :, end:].reshape(batch, heads, groups * n_query, width)
+        output = _attend_weighted(
+            folded, key[:, :, start:], value[:, :, start:], weight, tail, dropout, scaling
         )
-        key, value = key[:, :, start:], value[:, :, start:]
-    elif bool((counts == counts.flatten()[0]).all()):
+        return output.reshape(batch, n_heads, n_query, width).transpose(1, 2)
+    if bool((counts == counts.flatten()[0]).all()):
         index = kept.nonzero()[:, 2].view(batch, kept.shape[1], -1, 1).expand(-1, heads, -1, width)
         key, value = (
             torch.cat([x[:, :, start:end].gather(2, index), x[:, :, end:]], dim=2) for x in (key, value)
@@ -220,3 +223,46 @@ def _attend_after(
         folded, key, value, mask.repeat(1, 1, groups, 1), dropout_p=dropout, scale=scaling
     )
     return output.reshape(batch, n_heads, n_query, width).transpose(1, 2)
+
+
+def _attend_weighted(
+    folded: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_weight: Tensor,
+    tail: Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Attention with one added logit per entry, the same for all queries: differentiable, and no soft mask exists.
+
+    A fused kernel gives no gradient of a mask. So the weight is a further channel of the keys, met by a constant
+    channel of the queries; two channels hold it to twice the precision of the type.
+
+    Parameters
+    ----------
+    folded : [B, H, G * Q, D], a kv head's query heads one after the other
+    key, value : [B, H, n + Q, D]
+    log_weight : FloatTensor [B, H or 1, n], of the first entries
+    tail : BoolTensor [Q, Q], which of the last ones a query sees
+    """
+    heads, total, width = key.shape[1:]
+    n_query, n_context = tail.shape[0], log_weight.shape[-1]
+    scale = width**-0.5 if scaling is None else scaling
+    constant = 2.0 ** -round(
+        math.log2(scale)
+    )  # scale * constant is about 1, and the constant exact in any type
+    extra = log_weight.float().clamp_min(LEAST_LOG_WEIGHT) / (scale * constant)
+    high = extra.to(key.dtype)
+    channels = torch.stack([high, (extra - high.float()).to(key.dtype)], dim=-1).expand(-1, heads, -1, -1)
+    spare = -(width + 2) % 8  # fused kernels want a multiple of 8
+    key = torch.cat([key, nn.functional.pad(channels, (0, spare, 0, total - n_context))], dim=-1)
+    ones = folded.new_zeros(2 + spare)
+    ones[:2] = constant
+    query = torch.cat([folded, ones.expand(*folded.shape[:3], -1)], dim=-1)
+    mask = nn.functional.pad(tail, (n_context, 0), value=True)
+    mask = mask.repeat(folded.shape[2] // n_query, 1)[None, None]
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, nn.functional.pad(value, (0, 2 + spare)), mask, dropout_p=dropout, scale=scale
+    )
+    return output[..., :width]
