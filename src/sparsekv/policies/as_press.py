@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
-from sparsekv.policies.attention_scores import observed_attention
+from sparsekv.policies.attention_scores import BLOCK_SIZE, observed_attention
 from sparsekv.policies.base import (
     LayerContext,
     LayerPolicy,
@@ -359,7 +359,7 @@ class H2OPress(ScorerPress):
         Queries per block; the result does not depend on it.
     """
 
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     ratio_free: ClassVar[bool] = True
 
     def score(

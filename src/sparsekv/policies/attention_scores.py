@@ -19,6 +19,9 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
 
+BLOCK_SIZE = 64
+"""Queries whose weights exist at once: so few that they stay in a CPU's caches."""
+
 
 def attention_weights(
     module: nn.Module,
@@ -49,12 +52,13 @@ def attention_weights(
     batch, n_kv_heads, total, width = keys.shape
     n_query = hidden_states.shape[1]
     scaling = getattr(module, "scaling", None) or width**-0.5
-    query = _rotate(get_prerope_query_states(module, hidden_states), *position_embeddings)
+    query = _rotate(get_prerope_query_states(module, hidden_states), *position_embeddings) * scaling
     groups = query.shape[1] // n_kv_heads
     folded = query.reshape(batch, n_kv_heads, groups * n_query, width)
-    logits = (folded @ keys.transpose(2, 3)) * scaling
-    future = torch.arange(total, device=keys.device) > columns[:, None]
-    logits = logits.view(batch, n_kv_heads, groups, n_query, total).masked_fill(future, float("-inf"))
+    logits = (folded @ keys.transpose(2, 3)).view(batch, n_kv_heads, groups, n_query, total)
+    first = int(columns.min()) + 1  # all see what is before
+    future = torch.arange(first, total, device=keys.device) > columns[:, None]
+    logits[..., first:].masked_fill_(future, float("-inf"))
     return logits.softmax(-1, dtype=torch.float32)
 
 
@@ -63,7 +67,7 @@ def observed_attention(
     hidden_states: Tensor,
     keys: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     *,
     differentiable: bool = False,
 ) -> Tensor:
@@ -114,11 +118,11 @@ def observed_attention(
 def _mean_of_group(*block: Any) -> Tensor:
     """FloatTensor [B, H, T]: weights of a block summed over its queries, averaged over a group's query heads."""
     weights = attention_weights(*block)
-    return weights.sum((2, 3)) / weights.shape[2]
+    return weights.flatten(2, 3).sum(2) / weights.shape[2]
 
 
 def attention_over_uniform(
-    ctx: LayerContext, window: int | None, block_size: int = 128, *, differentiable: bool = False
+    ctx: LayerContext, window: int | None, block_size: int = BLOCK_SIZE, *, differentiable: bool = False
 ) -> Tensor:
     """Attention that each entry receives, as a multiple of what it would get if queries looked everywhere alike.
 
@@ -168,11 +172,11 @@ class H2O(LayerPolicy):
 
     Parameters
     ----------
-    block_size : int >= 1, default 128
+    block_size : int >= 1
         Queries per block: memory against speed, the result is the same.
     """
 
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     name: str = "h2o"
 
     def __post_init__(self) -> None:

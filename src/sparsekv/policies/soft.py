@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.policies.attention_scores import attention_over_uniform
+from sparsekv.policies.attention_scores import BLOCK_SIZE, attention_over_uniform
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.blocks import DEFAULT_RECENT, Middle, middle_of
 from sparsekv.policies.budget import Budget
@@ -26,7 +26,8 @@ from sparsekv.policies.sizes import check_size, refuse_budget
 On = Literal["attention", "relevance"]
 ON: tuple[On, ...] = ("attention", "relevance")
 
-_BISECTIONS = 40
+_BISECTIONS = 26
+"""Halvings of the range of the scores: as fine as fp32."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SoftThreshold(LayerPolicy):
     window: int | None = 64
     n_sink: int = 4
     n_recent: int | None = None
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     name = "soft_threshold"
     soft: ClassVar[bool] = True
     ratio_free = False
