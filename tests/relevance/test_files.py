@@ -42,7 +42,7 @@ def test_a_round_trip(trained, tmp_path):
     assert path == tmp_path / RELEVANCE_FILE and sorted(tmp_path.iterdir()) == [path]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["relevance"]) == {"width": 5, "bias": 1.0}
+    assert json.loads(metadata["relevance"]) == {"width": 5, "bias": 1.0, "features": ["hidden"]}
     assert json.loads(metadata["model"])["num_key_value_heads"] == 2
     assert load_file(path).keys() == gates(trained).keys()
     for source in (tmp_path, path):

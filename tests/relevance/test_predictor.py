@@ -73,7 +73,7 @@ def test_every_compressible_layer_has_one_and_no_random_state_is_touched(family)
             assert not torch.equal(value, other.state_dict()[key])
     names = {name for name, _ in model.named_parameters() if "relevance" in name}
     assert len(names) == 4 * len(layers) and "model.layers.0.self_attn.relevance.score.weight" in names
-    assert config_of(model) == {"width": 4, "bias": 3.0}
+    assert config_of(model) == {"width": 4, "bias": 3.0, "features": ("hidden",)}
     layer_0 = relevance_modules(model)[0].relevance
     attach_relevance(model)
     assert relevance_modules(model)[0].relevance is not layer_0, "a fresh one replaces it"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from sparsekv.errors import ConfigError
@@ -11,19 +14,13 @@ NAME = "relevance"
 """The attribute of an attention module that holds its predictor."""
 
 
-def relevance_of(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """g, fp32 [B, H, T], of one attention module's tokens; gradients flow to the predictor.
-
-    Parameters
-    ----------
-    module : an attention module
-    hidden_states : FloatTensor [B, T, C]
-        Input to its layer.
+def predictor_of(module: nn.Module) -> Any:
+    """The predictor of an attention module.
 
     Raises
     ------
     ConfigError
-        If the layer has no predictor.
+        If the layer has none.
     """
     predictor = getattr(module, NAME, None)
     if predictor is None:
@@ -31,8 +28,34 @@ def relevance_of(module: nn.Module, hidden_states: Tensor) -> Tensor:
             "the model has no relevance predictors: load an adapter or folder with relevance.safetensors "
             "(adapter=...), or train one"
         )
-    scores: Tensor = predictor(hidden_states)
+    return predictor
+
+
+def relevance_of(module: nn.Module, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:
+    """g, fp32 [B, H, T], of one attention module's tokens; gradients flow to the predictor.
+
+    Parameters
+    ----------
+    module : an attention module
+    hidden_states : FloatTensor [B, T, C]
+        Input to its layer.
+    extra : FloatTensor [B, H, T, F], optional
+        The features that the predictor takes beside it (`extra_of`).
+
+    Raises
+    ------
+    ConfigError
+        If the layer has no predictor, or the predictor takes other features.
+    """
+    predictor = predictor_of(module)
+    scores: Tensor = predictor(hidden_states) if extra is None else predictor(hidden_states, extra)
     return scores.transpose(1, 2).float()
+
+
+def extra_of(ctx: LayerContext) -> Tensor | None:
+    """The features [B, H, T, F] that a layer's predictor takes beside the hidden state; None if it takes none."""
+    features: Tensor | None = predictor_of(ctx.module).extra_of(ctx)
+    return features
 
 
 def relevance_of_entries(ctx: LayerContext, method: str) -> Tensor:
@@ -41,7 +64,7 @@ def relevance_of_entries(ctx: LayerContext, method: str) -> Tensor:
     Raises
     ------
     ConfigError
-        If the layer has no predictor, or earlier entries' hidden states are gone.
+        If the layer has no predictor, earlier entries' hidden states are gone, or a score is not a number.
     """
     if ctx.hidden_states.shape[1] != ctx.keys.shape[2]:
         raise ConfigError(
@@ -49,4 +72,21 @@ def relevance_of_entries(ctx: LayerContext, method: str) -> Tensor:
             f"{ctx.hidden_states.shape[1]} of {ctx.keys.shape[2]} stored entries are being read now: it compresses a "
             "whole context once (no chunk, phase='prefill', first turn)"
         )
-    return relevance_of(ctx.module, ctx.hidden_states)
+    return finite_scores(relevance_of(ctx.module, ctx.hidden_states, extra_of(ctx)), method, ctx.layer_idx)
+
+
+def finite_scores(scores: Tensor, method: str, layer_idx: int) -> Tensor:
+    """The scores, if all are numbers: NaN or infinite activations must not pass for a choice.
+
+    Raises
+    ------
+    ConfigError
+        It names the layer.
+    """
+    bad = ~torch.isfinite(scores)
+    if bool(bad.any()):
+        raise ConfigError(
+            f"method '{method}': {int(bad.sum())} of {bad.numel()} relevance scores in layer {layer_idx} are NaN or "
+            "infinite, so its activations or its predictor are broken (half precision may overflow: try float32)"
+        )
+    return scores

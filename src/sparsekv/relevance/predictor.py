@@ -1,6 +1,6 @@
-"""One relevance predictor per layer: from a token's hidden state to a score per kv head.
+"""One relevance predictor per layer: from a token's hidden state, and features of its entry, to a score per kv head.
 
-Shape letters: B rows, T tokens, H kv heads, C hidden size.
+Shape letters: B rows, T tokens, H kv heads, C hidden size, F features beside the hidden state.
 
 The predictors are submodules, `self_attn.relevance`: they are saved in checkpoints, clipped and synchronised with the
 rest of the model. They return logits g; the relevance is r = sigmoid(g), and an entry is kept by its own threshold
@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
+from sparsekv.policies.base import LayerContext
 from sparsekv.policies.learned_scores import NAME, relevance_of
 from sparsekv.policies.sizes import check_size
+from sparsekv.relevance.features import checked_groups, extra_features, n_features
 
 __all__ = [
     "NAME",
@@ -38,6 +40,10 @@ __all__ = [
 ]
 
 
+_FEATURE_UNITS = 16
+"""Most hidden units of the features' part: there are few features."""
+
+
 @dataclass(frozen=True)
 class RelevanceConfig:
     """The shape of the predictors of one model.
@@ -48,12 +54,19 @@ class RelevanceConfig:
         Hidden units of a two-layer predictor; 0: a linear one.
     bias : float
         Where the logits start: with 3, training begins with 95 % of every entry kept.
+    features : groups of "hidden", "attention", "handcrafted"
+        What the predictors look at: each token's hidden state, attention that its entry received, handcrafted features
+        (`relevance.features`).
     """
 
     width: int = 0
     bias: float = 3.0
+    features: tuple[str, ...] = ("hidden",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "features", checked_groups(self.features)
+        )  # a YAML or JSON list, made hashable
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 0:
             raise ConfigError(f"relevance width must be a whole number >= 0 (0: linear), got {self.width!r}")
         if not _is_number(self.bias) or not math.isfinite(self.bias):
@@ -70,24 +83,69 @@ class Served:
         First and last entries that always stay.
     threshold : float
         In logits: without a budget, what scores above it stays. 0 is a relevance of one half; -inf keeps everything.
+    betas : one float > 0 per compressible layer, optional
+        Factors on a threshold shared by layers (`relevance.threshold`): above 1 a layer keeps less. None given: 1.
     """
 
     n_sink: int = 4
     n_recent: int = 16
     threshold: float = 0.0
+    betas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_size(NAME, "n_sink", self.n_sink)
         check_size(NAME, "n_recent", self.n_recent)
         if not _is_number(self.threshold) or math.isnan(self.threshold):
             raise ConfigError(f"{NAME}: threshold must be a number, got {self.threshold!r}")
+        object.__setattr__(self, "betas", checked_betas(self.betas))
+
+
+def checked_betas(betas: Any) -> tuple[float, ...]:
+    """The factors as a tuple; raises ConfigError unless each is a finite number over 0."""
+    if isinstance(betas, str) or not isinstance(betas, (list, tuple)):
+        raise ConfigError(f"{NAME}: betas must be a list of numbers over 0, one per layer, got {betas!r}")
+    for beta in betas:
+        if not _is_number(beta) or not (math.isfinite(beta) and beta > 0):
+            raise ConfigError(f"{NAME}: betas must be numbers over 0, got {beta!r}")
+    return tuple(float(beta) for beta in betas)
+
+
+class FeatureScore(nn.Module):
+    """The features' part of a predictor: w · e per kv head, or with one hidden layer shared by the heads between.
+
+    Parameters
+    ----------
+    n_in : int >= 1
+        F.
+    n_kv_heads : int
+    width : int >= 0
+        Of the predictor; at most 16 units are used here.
+    """
+
+    def __init__(self, n_in: int, n_kv_heads: int, width: int) -> None:
+        super().__init__()
+        units = min(width, _FEATURE_UNITS)
+        self.hidden = nn.Linear(n_in, units, dtype=torch.float32) if units else None
+        self.weight = nn.Parameter(torch.empty(n_kv_heads, units or n_in, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=0.1 * (units or n_in) ** -0.5)
+
+    def forward(self, extra: Tensor, head: int | None = None) -> Tensor:
+        """[B, H, T] of `extra` [B, H, T, F]; with `head`, of that kv head alone: `extra` [B, 1, T, F]."""
+        inner = extra.float()
+        if self.hidden is not None:
+            inner = nn.functional.silu(self.hidden(inner))
+        weight = self.weight if head is None else self.weight[head : head + 1]
+        return (inner @ weight[:, :, None]).squeeze(-1)
 
 
 class RelevancePredictor(nn.Module):
-    """g = w · norm(h) + b per kv head, or with one hidden layer of `config.width` units between.
+    """g = w · [norm(h); a; f] + b per kv head, or with one hidden layer of `config.width` units between.
 
-    The hidden state is divided by its root mean square first, so that layers whose residual stream has grown score on
+    The hidden state h is divided by its root mean square first, so that layers whose residual stream has grown score on
     the same scale. Weights and arithmetic are fp32 whatever the model computes in.
+
+    h and the features [a; f] have a summand each (with a hidden layer: each has its own), so that the part of h, which
+    is known only while a token is read, can be remembered as one number while the features change.
 
     Parameters
     ----------
@@ -106,25 +164,54 @@ class RelevancePredictor(nn.Module):
         super().__init__()
         self.config = config or RelevanceConfig()
         self.served = Served()
+        self.reads_hidden = "hidden" in self.config.features
         self.hidden: nn.Linear | None = None
-        n_in = hidden_size
-        if self.config.width:
-            self.hidden, n_in = (
-                nn.Linear(hidden_size, self.config.width, dtype=torch.float32),
-                self.config.width,
-            )
-        self.score = nn.Linear(n_in, n_kv_heads, dtype=torch.float32)
-        nn.init.normal_(self.score.weight, std=0.1 * n_in**-0.5)
+        n_in = hidden_size if self.reads_hidden else 0
+        if n_in and self.config.width:
+            self.hidden, n_in = nn.Linear(n_in, self.config.width, dtype=torch.float32), self.config.width
+        if n_in:
+            self.score = nn.Linear(n_in, n_kv_heads, dtype=torch.float32)
+            nn.init.normal_(self.score.weight, std=0.1 * n_in**-0.5)
+        else:  # only its bias is left; drawing no weights would warn
+            self.score = nn.utils.skip_init(nn.Linear, 0, n_kv_heads, dtype=torch.float32)
         nn.init.constant_(self.score.bias, self.config.bias)
+        n_extra = n_features(self.config.features)
+        self.extra = FeatureScore(n_extra, n_kv_heads, self.config.width) if n_extra else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits g, fp32 [B, T, H], of `hidden_states` [B, T, C]."""
+    def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Logits g, fp32 [B, T, H], of `hidden_states` [B, T, C] and features `extra` [B, H, T, F].
+
+        Raises
+        ------
+        ConfigError
+            If the predictor takes features and gets none, or another number of them.
+        """
+        if self.extra is None:
+            return self.hidden_part(hidden_states)
+        wanted = n_features(self.config.features)
+        if extra is None or extra.shape[-1] != wanted:
+            found = "none" if extra is None else extra.shape[-1]
+            raise ConfigError(
+                f"relevance predictors with features {', '.join(self.config.features)} take {wanted} numbers beside "
+                f"the hidden state, got {found}"
+            )
         with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.hidden_part(hidden_states) + self.extra(extra).transpose(1, 2)
+
+    def hidden_part(self, hidden_states: Tensor) -> Tensor:
+        """What the hidden states [B, T, C] contribute to g, fp32 [B, T, H]; only the bias if they are switched off."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            if not self.reads_hidden:
+                return cast(Tensor, self.score(hidden_states[..., :0].float()))
             states = hidden_states.float()
             states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
             if self.hidden is not None:
                 states = nn.functional.silu(self.hidden(states))
-            return self.score(states)
+            return cast(Tensor, self.score(states))
+
+    def extra_of(self, ctx: LayerContext) -> Tensor | None:
+        """The features [B, H, T, F] of a layer's entries that `forward` takes; see `features.extra_features`."""
+        return extra_features(ctx, self.config)
 
 
 def attach_relevance(model: Any, config: RelevanceConfig | None = None, *, seed: int = 0) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerContext
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.learned_scores import extra_of
 from sparsekv.policies.picks import layer_generator
 from sparsekv.policies.sizes import check_size
 from sparsekv.policies.soft import threshold_for
@@ -50,7 +51,7 @@ class RelaxedRelevance(Relevance):
 
     def weigh_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """Log weights <= 0, fp32 [B, H, T]; 0 for entries that always stay."""
-        g = relevance_of(ctx.module, ctx.hidden_states) - self.served(ctx).threshold
+        g = relevance_of(ctx.module, ctx.hidden_states, extra_of(ctx)) - self.served(ctx).threshold
         if self.noise:
             generator = layer_generator(ctx.seed, ctx.layer_idx)
             u = torch.rand(g.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(g.device)
