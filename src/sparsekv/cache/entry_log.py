@@ -1,0 +1,233 @@
+"""Where keys and values of passive entries lie: chunks of rows that are written once, and read in any order.
+
+Shape letters: N entries, D head size.
+
+Entries are appended and never overwritten; a slot (chunk number x `chunk_rows` + row) names one for good. What is no
+longer used is given back by chunk: a chunk without live entries is dropped, and one that is mostly dead is emptied
+first, by appending its live entries again. So memory and files share one way to write, read and reclaim.
+Knows nothing of layers, columns or pages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekv.cache.places import NONE, Ints
+
+_SLACK = 1024
+"""Dead entries that nothing is done about."""
+
+
+class Chunk:
+    """Keys and values [capacity, D] in one place; the first `used` rows are written."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.used = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[0]
+
+
+class EntryLog(ABC):
+    """Appends, reads and reclaims entries.
+
+    Parameters
+    ----------
+    chunk_rows : int, a power of two
+        Most entries of one chunk.
+    run : int >= 1
+        Entries that are often read together (a page): neighbours of this number are copied as one.
+    """
+
+    moves_on_take = False
+    """Live entries may be moved to reclaim room when others are taken: only where that can't fail."""
+
+    def __init__(self, chunk_rows: int, run: int) -> None:
+        self.shift = chunk_rows.bit_length() - 1
+        self.run = run
+        self.chunks: dict[int, Chunk] = {}
+        self._current: Chunk | None = None
+        self._live_before = 0  # found by the last `crowded` look that found little to reclaim
+
+    @property
+    def chunk_rows(self) -> int:
+        return 1 << self.shift
+
+    @property
+    def n_used(self) -> int:
+        """Entries written, dead ones included."""
+        return sum(chunk.used for chunk in self.chunks.values())
+
+    # ---- what memory and files do differently ---------------------------------------------------------------------
+
+    @abstractmethod
+    def _new_chunk(self, n: int, like: Tensor) -> Chunk:
+        """An empty chunk for at least one, better `n` entries of `like`'s dtype and width."""
+
+    @abstractmethod
+    def _write(self, chunk: Chunk, keys: Tensor, values: Tensor) -> None:
+        """Write [n, D] behind what is used, without counting it as used."""
+
+    def _written(self, chunk: Chunk, keys: Tensor, values: Tensor) -> None:
+        """All pieces of a put are written: count this one as used."""
+        chunk.used += len(keys)
+
+    @abstractmethod
+    def _before_read(self, chunk: Chunk, rows: Ints) -> None:
+        """Called before rows of a chunk are read; raises a ConfigError if they can't be trusted."""
+
+    @abstractmethod
+    def _dropped(self, chunk: Chunk) -> None:
+        """A chunk is no longer needed."""
+
+    def _empty(self, n: int, like: Tensor) -> Tensor:
+        """Room for `n` entries that are read."""
+        return torch.empty(n, like.shape[-1], dtype=like.dtype)
+
+    # ---- writing and reading ----------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> Ints:
+        """Write [N, D] and return the slots, int32 [N]. After an error nothing was written."""
+        slots = np.empty(len(keys), np.int32)
+        pieces: list[tuple[Chunk, int, int]] = []
+        fresh: dict[int, Chunk] = {}
+        chunk, number = self._current, self._number_of(self._current)
+        start = 0
+        try:
+            while start < len(keys):
+                if chunk is None or chunk.used == chunk.capacity:
+                    number = next(
+                        i for i in range(len(self.chunks) + len(fresh) + 1) if not self._taken(i, fresh)
+                    )
+                    chunk = fresh[number] = self._new_chunk(len(keys) - start, keys)
+                n = min(len(keys) - start, chunk.capacity - chunk.used)
+                self._write(chunk, keys[start : start + n], values[start : start + n])
+                first = (number << self.shift) + chunk.used
+                slots[start : start + n] = np.arange(first, first + n, dtype=np.int32)
+                pieces.append((chunk, start, start + n))
+                start += n
+                if start < len(keys):
+                    chunk = None
+        except BaseException:
+            for made in fresh.values():
+                self._dropped(made)
+            raise
+        self.chunks.update(fresh)
+        for piece, first, last in pieces:
+            self._written(piece, keys[first:last], values[first:last])
+        self._current = chunk
+        return slots
+
+    def _number_of(self, chunk: Chunk | None) -> int:
+        return next((number for number, one in self.chunks.items() if one is chunk), NONE)
+
+    def _taken(self, number: int, fresh: dict[int, Chunk]) -> bool:
+        return number in self.chunks or number in fresh
+
+    def read(self, slots: Ints, *, values: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, D] of slots int32 [N], copied; without `values` only keys (then given twice)."""
+        like = next(iter(self.chunks.values())).keys
+        keys = self._empty(len(slots), like)
+        outputs = (keys, self._empty(len(slots), like)) if values else (keys,)
+        numbers = slots >> self.shift
+        edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+        if len(edges) > max(
+            8, len(slots) // 64
+        ):  # many chunks in turn: sort them, read, and put back in order
+            order = np.argsort(numbers, kind="stable")
+            back = torch.from_numpy(np.argsort(order, kind="stable"))
+            keys, found = self.read(slots[order], values=values)
+            return keys.index_select(0, back), found.index_select(0, back)
+        for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(slots)], strict=True):
+            if first == last:
+                continue
+            chunk = self.chunks[int(numbers[first])]
+            rows = slots[first:last] & (self.chunk_rows - 1)
+            self._before_read(chunk, rows)
+            plan = _Gather(rows, self.run, chunk.capacity)
+            for source, out in zip((chunk.keys, chunk.values), outputs, strict=False):
+                plan.copy(source, out[first:last])
+        return outputs[0], outputs[-1]
+
+    # ---- giving back ------------------------------------------------------------------------------------------------
+
+    def crowded(self, n_live: int) -> bool:
+        """More dead than live entries, as far as `n_live` tells, since the last `collect` that found them live."""
+        return self.n_used > 2 * max(n_live, self._live_before) + _SLACK
+
+    def drop_dead(self, live: Ints) -> None:
+        """Drop chunks without any of the `live` slots."""
+        needed = np.bincount(live >> self.shift, minlength=1)
+        for number in [n for n in self.chunks if n >= len(needed) or not needed[n]]:
+            chunk = self.chunks.pop(number)
+            if chunk is self._current:
+                self._current = None
+            self._dropped(chunk)
+
+    def collect(self, live: Ints) -> Ints | None:
+        """Empty and drop mostly dead chunks. Returns table [slots]: new slot, or NONE where it didn't move.
+
+        `live` are the slots in use, in any order, repeated or not. Callers `remap` their slots by the table.
+        """
+        self.drop_dead(live)
+        n_slots = (max(self.chunks, default=-1) + 1) << self.shift
+        is_live = np.zeros(n_slots, bool)
+        is_live[live] = True
+        unique = np.flatnonzero(is_live).astype(np.int32)
+        counts = np.bincount(unique >> self.shift, minlength=len(self.chunks) + 1)
+        poor = [number for number, chunk in self.chunks.items() if 2 * counts[number] <= chunk.used]
+        self._live_before = len(unique)
+        moving = unique[np.isin(unique >> self.shift, poor)]
+        if not len(moving):
+            return None
+        if self._number_of(self._current) in poor:
+            self._current = None
+        new = self.append(*self.read(moving))
+        table = np.full(n_slots, NONE, np.int32)
+        table[moving] = new
+        stay = unique[table[unique] == NONE]
+        self.drop_dead(np.concatenate([stay, new]))
+        return table
+
+    def forget_live(self) -> None:
+        """Something that held entries is gone (a snapshot): look again."""
+        self._live_before = 0
+
+
+class _Gather:
+    """How rows of a chunk are best copied: as slices, as pages, or one by one."""
+
+    def __init__(self, rows: Ints, run: int, capacity: int) -> None:
+        self.run = run
+        self.slices: list[tuple[int, int]] | None = None
+        self.index = torch.zeros(0, dtype=torch.int32)
+        breaks = np.flatnonzero(rows[1:] - rows[:-1] != 1) + 1
+        if len(breaks) <= len(rows) // 256:
+            ends = [*breaks.tolist(), len(rows)]
+            self.slices = [(int(rows[a]), b - a) for a, b in zip([0, *breaks.tolist()], ends, strict=True)]
+        elif run > 1 and len(rows) % run == 0 and capacity >= run and not (breaks % run).any():
+            self.index = torch.from_numpy(np.ascontiguousarray(rows[::run]))
+        else:
+            self.run = 1
+            self.index = torch.from_numpy(np.ascontiguousarray(rows))
+
+    def copy(self, source: Tensor, out: Tensor) -> None:
+        """Copy the rows of `source` [capacity, D] into `out` [n, D]."""
+        if self.slices is not None:
+            start = 0
+            for first, n in self.slices:
+                out[start : start + n] = source[first : first + n]
+                start += n
+            return
+        width = source.shape[1]
+        if self.run > 1:
+            # Overlapping view: its row i is the run of entries that starts at row i.
+            shape = (source.shape[0] - self.run + 1, self.run * width)
+            source, out = source.as_strided(shape, (width, 1)), out.view(-1, self.run * width)
+        torch.index_select(source, 0, self.index, out=out)

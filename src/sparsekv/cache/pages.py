@@ -1,0 +1,195 @@
+"""Page summaries: a bound on how much any key of a page can weigh for a query.
+
+Shape letters: B rows, H kv heads, P pages, G query heads per kv head, D head size, R places (P x page size).
+
+Quest (arXiv 2406.10774, section 3.3): with the elementwise minimum and maximum of a page's keys,
+
+    q . k  <=  sum over d of max(q_d * min_d, q_d * max_d)      for every key k of the page
+
+The sum is split by the sign of q_d, so that it is one matrix product: relu(q) . max - relu(-q) . min.
+A summary remembers which slots it summarises, so it can't go stale: where a page's slots are others, it is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekv.cache.places import NONE, Ints, Places, padded, remap
+from sparsekv.errors import ConfigError
+
+_AT_ONCE = 4096
+"""Pages summarised in one go: bounds the keys that are copied for it."""
+
+
+@dataclass(frozen=True)
+class LayerBounds:
+    """What is known of a layer's pages for some queries.
+
+    Attributes
+    ----------
+    scores : FloatTensor [B, H, G, P], fp32
+        Upper bound of q . k (not scaled); -inf where there is no page.
+    sizes : LongTensor [B, H, P]
+        Entries of each page; 0 where there is none.
+    columns : LongTensor [B, H, P, page size]
+        Their columns, in the order in which they were put; -1 where nothing is.
+    """
+
+    scores: Tensor
+    sizes: Tensor
+    columns: Tensor
+
+
+def page_bounds(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Upper bounds [..., G, P] of q . k for queries [..., G, D] and pages of keys in [lowest, highest] [..., P, D]."""
+    query = query.float()
+    both = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
+    return both @ torch.cat([highest, lowest], dim=-1).float().transpose(-1, -2)
+
+
+class PageSummaries:
+    """Minimum and maximum of the keys of each page of a layer.
+
+    Attributes
+    ----------
+    of : int32 [B, H, R]
+        The slots that were summarised.
+    extremes : FloatTensor [B, H, P, 2 D], fp32
+        Maxima, then minima. Kept in fp32, where 16-bit keys are exact and products don't round a bound down.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.of: Ints = np.full((0, 0, 0), NONE, np.int32)
+        self.extremes = torch.zeros(0, 0, 0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.of.nbytes + self.extremes.numel() * self.extremes.element_size()
+
+    def copy(self) -> PageSummaries:
+        """An independent copy."""
+        twin = PageSummaries(self.page_size)
+        twin.of, twin.extremes = self.of.copy(), self.extremes.clone()
+        return twin
+
+    def update(
+        self, layer: int, places: Places, read: Callable[[Ints], Tensor], device: torch.device
+    ) -> None:
+        """Summarise the pages whose entries are others than before; `read` gives keys [n, D] of slots [n].
+
+        Raises ConfigError if a key isn't finite: it would have no bound, and sort anywhere.
+        """
+        self._pad(*places.slot.shape)
+        rows, heads, pages = places.shape
+        now = places.slot.reshape(-1, self.page_size)
+        before = self.of.reshape(-1, self.page_size)
+        changed = np.flatnonzero((now != before).any(axis=1) & (now != NONE).any(axis=1))
+        for start in range(0, len(changed), _AT_ONCE):
+            which = changed[start : start + _AT_ONCE]
+            slots = now[which]
+            first = slots[np.arange(len(which)), (slots != NONE).argmax(axis=1)]
+            whole = np.where(slots == NONE, first[:, None], slots)  # a hole repeats an entry: same extremes
+            keys = read(whole.reshape(-1)).view(len(which), self.page_size, -1)
+            extremes = torch.cat([keys.amax(dim=1), keys.amin(dim=1)], dim=-1).float()
+            if not bool(extremes.isfinite().all()):
+                raise ConfigError(f"keys of layer {layer} in the passive store are not finite (NaN or inf)")
+            if self.extremes.shape[-1] == 0:
+                self.extremes = extremes.new_zeros(rows, heads, pages, extremes.shape[-1], device=device)
+            flat = self.extremes.view(-1, extremes.shape[-1])
+            flat[torch.from_numpy(which).to(device)] = extremes.to(device)
+            before[which] = slots
+
+    def bounds(self, query: Tensor, row: int, head: int) -> Tensor:
+        """Bounds [G, P] of one (row, kv head) for queries [G, D], once `update` was called."""
+        extremes = self.extremes[row, head]
+        width = extremes.shape[-1] // 2
+        return page_bounds(query.to(extremes.device), extremes[:, width:], extremes[:, :width])
+
+    def all_bounds(self, query: Tensor) -> Tensor:
+        """Bounds [B, H, G, P] for queries [B, H, G, D], once `update` was called."""
+        rows, heads, _, width = self.extremes.shape
+        if query.shape[:2] != (rows, heads):
+            raise ConfigError(
+                f"query is for {query.shape[0]} rows and {query.shape[1]} kv heads; the passive store holds {rows} "
+                f"rows and {heads} kv heads"
+            )
+        low, high = self.extremes[..., width // 2 :], self.extremes[..., : width // 2]
+        return page_bounds(query.to(self.extremes.device), low, high)
+
+    def take_rows(self, rows: Ints) -> None:
+        """New row i is old row `rows[i]`."""
+        had = max(int(rows.max(initial=-1)) + 1, self.of.shape[0])
+        self._pad(had, self.of.shape[1], self.of.shape[2])
+        self.of = self.of[rows]
+        self.extremes = self.extremes[torch.from_numpy(rows).to(self.extremes.device)]
+
+    def reorder(self, pages: Ints | None) -> None:
+        """New page i is old page pages[b, h, i]; None: forget everything."""
+        if pages is None or self.extremes.numel() == 0:
+            self.of = np.full((0, 0, 0), NONE, np.int32)
+            self.extremes = torch.zeros(0, 0, 0, 0)
+            return
+        rows, heads, _ = pages.shape
+        self._pad(rows, heads, max(self.of.shape[2], (int(pages.max(initial=-1)) + 1) * self.page_size))
+        split = self.of.reshape(rows, heads, -1, self.page_size)
+        self.of = np.ascontiguousarray(np.take_along_axis(split, pages[..., None], axis=2)).reshape(
+            rows, heads, -1
+        )
+        index = torch.from_numpy(pages).to(self.extremes.device)[..., None]
+        self.extremes = self.extremes.gather(2, index.expand(-1, -1, -1, self.extremes.shape[-1]))
+
+    def _pad(self, rows: int, heads: int, room: int) -> None:
+        if self.of.shape == (rows, heads, room):
+            return
+        self.of = padded(self.of, (rows, heads, room), NONE)
+        old = self.extremes
+        if old.shape[-1]:
+            self.extremes = old.new_zeros(rows, heads, room // self.page_size, old.shape[-1])
+            self.extremes[: old.shape[0], : old.shape[1], : old.shape[2]] = old
+
+
+class LayerIndex:
+    """What a store knows of one layer: where its entries lie, and what their pages hold."""
+
+    def __init__(self, page_size: int) -> None:
+        self.places, self.pages = Places(page_size), PageSummaries(page_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.places.nbytes + self.pages.nbytes
+
+    def copy(self) -> LayerIndex:
+        """An independent copy."""
+        twin = LayerIndex(self.places.page_size)
+        twin.places, twin.pages = self.places.copy(), self.pages.copy()
+        return twin
+
+    def squeeze(self) -> None:
+        """Close the holes that entries left, if they are more than half."""
+        if self.places.has_holes:
+            self.pages.reorder(self.places.squeeze())
+
+    def take_rows(self, rows: Ints) -> None:
+        """New row i is old row `rows[i]`."""
+        self.places.take_rows(rows)
+        self.pages.take_rows(rows)
+
+    def remap(self, table: Ints) -> None:
+        """Entries moved: slot s is table[s] now, where that isn't NONE."""
+        remap(self.places.slot, table)
+        remap(self.pages.of, table)
+
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """Sizes [B, H, P] and columns [B, H, P, page size] of the pages, see `LayerBounds`."""
+        rows, heads, pages = self.places.shape
+        held = self.places.slot.reshape(rows, heads, pages, -1) != NONE
+        columns = np.where(held, self.places.column.reshape(held.shape), NONE).astype(np.int64)
+        return torch.from_numpy(held.sum(axis=3)), torch.from_numpy(columns)
