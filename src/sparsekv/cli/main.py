@@ -20,6 +20,7 @@ from sparsekv.cli.fetch import fetch
 from sparsekv.cli.generate import generate
 from sparsekv.cli.listing import listing
 from sparsekv.cli.merge import merge
+from sparsekv.cli.relevance import relevance
 from sparsekv.cli.train import train, train_alias
 from sparsekv.cli.validate import validate
 from sparsekv.errors import ConfigError
@@ -55,6 +56,7 @@ def _main(
 app.command("eval")(evaluate)
 app.command("train")(train)
 app.command("merge")(merge)
+app.add_typer(relevance, name="relevance")
 app.command("generate")(generate)
 app.command("ls")(listing)
 app.command("validate")(validate)

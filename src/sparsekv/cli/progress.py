@@ -17,16 +17,20 @@ from rich.progress import (
 
 
 class Bar:
-    """One bar per pass; a context manager. Off a terminal it prints a line at the start of each pass."""
+    """One bar per pass; a context manager. Off a terminal it prints a line at the start of each pass.
 
-    def __init__(self, shown: bool) -> None:
+    `unit`: what is counted.
+    """
+
+    def __init__(self, shown: bool, unit: str = "rows") -> None:
+        self._unit = unit
         self._console = Console(stderr=True)
         self._shown = shown
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("rows"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -50,7 +54,7 @@ class Bar:
         self._task = self._bar.add_task(what, total=total, completed=done, doing="")
         if self._shown and not self._console.is_terminal:
             kept = f" ({done} done earlier)" if done else ""
-            print(f"{what}: {total} rows{kept}", file=self._console.file, flush=True)
+            print(f"{what}: {total} {self._unit}{kept}", file=self._console.file, flush=True)
 
     def task(self, name: str) -> None:
         """The task that is worked on now."""

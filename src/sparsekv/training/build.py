@@ -24,11 +24,12 @@ from sparsekv.relevance.predictor import RelevanceConfig
 from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints, step_of
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.data import make_dataset
+from sparsekv.training.data_spec import DataConfig
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
-from sparsekv.training.setup import policy_of
+from sparsekv.training.setup import policy_of, with_predictors
 from sparsekv.training.trainer import SparseKVTrainer
 
 
@@ -53,7 +54,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    train, held_out = _data(config, tokenizer)
+    train, held_out = split_data(config.data, config.eval_data, config.held_out, config.seed, tokenizer)
     model = _trainable(model, config)
     options = config.relevance
     relaxation = None
@@ -69,6 +70,9 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         )
     if config.adapter is not None and options.enabled and (Path(config.adapter) / RELEVANCE_FILE).exists():
         load_relevance(model, config.adapter)
+    shape = RelevanceConfig(width=options.width, bias=options.bias)
+    if options.enabled and options.start_from is not None:
+        with_predictors(model, shape, options.start_from)
     return SparseKVTrainer(
         model,
         arguments,
@@ -77,7 +81,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         objective=objective,
         dropping=DroppingConfig(config.dropping, config.boundary, config.window or 1),
         relaxation=relaxation,
-        relevance=RelevanceConfig(width=options.width, bias=options.bias),
+        relevance=shape,
         relevance_lr=options.lr,
         relevance_weight_decay=options.weight_decay,
         press_share=config.press_share,
@@ -201,21 +205,27 @@ def press_of(config: TrainConfig) -> Any:
     return None
 
 
-def _data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
-    """(training data, held-out data or None)."""
-    train = make_dataset(config.data, tokenizer, config.seed)
-    if config.eval_data is not None:
-        return train, make_dataset(config.eval_data, tokenizer, config.seed + 1)
-    if config.held_out:
+def split_data(
+    data: DataConfig, eval_data: DataConfig | None, held_out: int, seed: int, tokenizer: Any
+) -> tuple[Any, Any]:
+    """(training data, held-out data or None): those of `eval_data`, or the last `held_out` samples of `data`.
+
+    Raises
+    ------
+    ConfigError
+        If samples are to be set aside of a stream, or of too few.
+    """
+    train = make_dataset(data, tokenizer, seed)
+    if eval_data is not None:
+        return train, make_dataset(eval_data, tokenizer, seed + 1)
+    if held_out:
         if isinstance(train, IterableDataset):
             raise ConfigError("held_out sets samples aside, which a stream can't; give eval_data instead")
         size = len(train)
-        if size <= config.held_out:
-            raise ConfigError(
-                f"held_out {config.held_out} leaves nothing of the data's {size} samples to train on"
-            )
-        kept = range(size - config.held_out)
-        return Subset(train, kept), Subset(train, range(size - config.held_out, size))
+        if size <= held_out:
+            raise ConfigError(f"held_out {held_out} leaves nothing of the data's {size} samples to train on")
+        kept = range(size - held_out)
+        return Subset(train, kept), Subset(train, range(size - held_out, size))
     return train, None
 
 

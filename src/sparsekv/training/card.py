@@ -11,7 +11,7 @@ import yaml
 from sparsekv import __version__
 from sparsekv.models import public_id
 
-_TAGS = ("kv-cache", "kv-cache-compression", "long-context", "sparsekv")
+TAGS = ("kv-cache", "kv-cache-compression", "long-context", "sparsekv")
 _NOT_MEASURED = {"step", "epoch", "learning_rate", "grad_norm", "total_flos"}
 _LABELS = {
     "loss": "loss",
@@ -72,7 +72,7 @@ def model_card(
         front["license"] = license_id
     front["library_name"] = "peft" if adapter else "transformers"
     front["pipeline_tag"] = "text-generation"
-    front["tags"] = [*(("lora",) if adapter else ()), *(("learned-eviction",) if relevance else ()), *_TAGS]
+    front["tags"] = [*(("lora",) if adapter else ()), *(("learned-eviction",) if relevance else ()), *TAGS]
     if adapter:
         front["base_model_relation"] = "adapter"
     elif whole:

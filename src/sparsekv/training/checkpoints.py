@@ -193,8 +193,18 @@ def check_config(checkpoint: Path, config: TrainConfig) -> None:
     """
     if not (checkpoint / CONFIG_FILE).is_file():
         raise ConfigError(f"checkpoint '{checkpoint}' has no {CONFIG_FILE}; it was not written by sparsekv")
-    old = dict(_flat(public_settings(read_training_config(checkpoint))))
-    new = dict(_flat(public_settings(config)))
+    check_settings(checkpoint, public_settings(read_training_config(checkpoint)), public_settings(config))
+
+
+def check_settings(checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint's settings are those of the run that is to go on from it, `FREE_KEYS` apart.
+
+    Raises
+    ------
+    ConfigError
+        Names the first key that differs, in the order of `new`, with both values.
+    """
+    old, new = dict(_flat(old)), dict(_flat(new))
     keys = [key for key in dict.fromkeys([*new, *old]) if re.split(r"[.\[]", key)[0] not in FREE_KEYS]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:

@@ -207,6 +207,7 @@ class RelevanceOptions(Strict):
     temperature_start, temperature_end : of the relaxation, over the run: soft, then nearly hard
     budget_weight : weight of relu(mean w - kept fraction)², for threshold "learned"
     n_sink, n_recent : first and last entries of the context that always stay
+    start_from : folder with predictors (relevance.safetensors) to start from, instead of fresh ones
     """
 
     enabled: bool = False
@@ -221,6 +222,7 @@ class RelevanceOptions(Strict):
     budget_weight: NotNegative = 50.0
     n_sink: int = Field(default=4, ge=0)
     n_recent: int = Field(default=16, ge=0)
+    start_from: str | None = None
 
 
 class LoraOptions(Strict):

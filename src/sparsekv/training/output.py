@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from sparsekv.models import public_name
 from sparsekv.training.card import write_card
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.fit_config import FitConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ _PARTIAL = f".{FINAL}.partial-"
 _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/])[^\\/]")
 
 
-def public_settings(config: TrainConfig) -> dict[str, Any]:
+def public_settings(config: TrainConfig | FitConfig) -> dict[str, Any]:
     """A config as JSON values without anything of this machine: absolute paths become their last part.
 
     So files that lay anywhere but under the working folder are known by their name alone.
@@ -167,13 +169,7 @@ def save_final(
     Path
         The folder.
     """
-    target = output_dir / FINAL
-    output_dir.mkdir(parents=True, exist_ok=True)
-    remove_partial(output_dir)
-    work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=output_dir))
-    try:
-        folder = work / FINAL
-        folder.mkdir()
+    with whole_folder(output_dir) as folder:
         save_weights(folder)
         name_base(folder, public_name(config.model))
         tokenizer.save_pretrained(folder)
@@ -183,12 +179,25 @@ def save_final(
         if log.path.exists():
             shutil.copyfile(log.path, folder / METRICS_FILE)
         write_card(folder, public_settings(config), log.rows(), base=config.model)
+    return output_dir / FINAL
+
+
+@contextmanager
+def whole_folder(output_dir: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `output_dir/final` at the end; an older one is replaced only then."""
+    target = output_dir / FINAL
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_partial(output_dir)
+    work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=output_dir))
+    try:
+        folder = work / FINAL
+        folder.mkdir()
+        yield folder
         if target.exists():
             target.rename(work / "replaced")
         folder.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 def remove_partial(output_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,14 @@ from torch import nn
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerPolicy, Policy, TokenPolicy
-from sparsekv.relevance.predictor import NAME
+from sparsekv.relevance.files import load_relevance
+from sparsekv.relevance.predictor import (
+    NAME,
+    RelevanceConfig,
+    attach_relevance,
+    config_of,
+    detach_relevance,
+)
 from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.weights import has_adapter
 
@@ -67,6 +76,31 @@ def with_lora(model: Any, options: LoraOptions | None, *, seed: int = 0) -> Any:
         made = get_peft_model(model, config)
     architecture.check_supported(made)
     return made
+
+
+def with_predictors(
+    model: Any, wanted: RelevanceConfig, start_from: str | Path | None, *, seed: int = 0
+) -> Any:
+    """`model` with predictors of a shape: those of a folder, or fresh ones; any that it had are gone.
+
+    `start_from`: folder with relevance.safetensors, or None. `seed`: of fresh weights.
+
+    Raises
+    ------
+    ConfigError
+        If the folder has none, or its predictors are for another model or of another shape.
+    """
+    detach_relevance(model)
+    if start_from is None:
+        return attach_relevance(model, wanted, seed=seed)
+    load_relevance(model, Path(start_from).expanduser())
+    found = config_of(model)
+    for key, value in asdict(wanted).items():
+        if key != "bias" and found[key] != value:  # where scores start is of no more use
+            raise ConfigError(
+                f"start_from '{start_from}' has predictors of {key} {found[key]!r}, the config asks for {value!r}"
+            )
+    return model
 
 
 def sparsity_kind(press: Any) -> str | None:

@@ -1,0 +1,138 @@
+"""The parts of a fit: steps, least squares, losses and rank correlations against references and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from sparsekv.models import load_model
+from sparsekv.relevance.predictor import NAME, RelevanceConfig, attach_relevance, relevance_modules
+from sparsekv.training.fit_config import FitConfig
+from sparsekv.training.fit_losses import membership_loss, pair_loss, top_entries
+from sparsekv.training.fit_metrics import agreement, mean_agreement, rank_correlation, ranks
+from sparsekv.training.fit_regression import SampleReader
+from sparsekv.training.fit_solvers import Descent, LeastSquares, scores_of, share_of_lr
+from sparsekv.training.fit_targets import log_targets
+from toy import save_toy_model
+from training.fit_runs import fit_config, write_text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_model(tmp_path_factory.mktemp("models") / "toy", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+Make = Callable[..., FitConfig]
+
+
+@pytest.fixture
+def config(model: Path, text: Path, tmp_path: Path) -> Make:
+    """`config(**changes)`: a small run (see fit_runs.fit_settings)."""
+    return lambda **changes: fit_config(model, text, **{"output": tmp_path / "run"} | changes)
+
+
+def test_a_step_of_two_samples_is_the_mean_of_its_samples(config: Make, model: Path) -> None:
+    """Nothing is padded, so lengths do not matter: the gradients of a batch are the mean of its samples' own."""
+
+    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+    attach_relevance(loaded, RelevanceConfig())
+    reader = SampleReader(loaded, tokenizer, config(), RelevanceConfig())
+    samples = [
+        {"input_ids": [3 + i % 97 for i in range(n)], "boundary": n - 10, "sample_index": n} for n in (40, 25)
+    ]
+    weight = getattr(relevance_modules(loaded)[0], NAME).score.weight
+    gradients = []
+    for chosen in (samples, samples[:1], samples[1:]):
+        solver = Descent(loaded, config(lr=1e-12))
+        solver.starts_fresh = False
+        solver.step(0, reader.read_all((sample, 0) for sample in chosen))
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(gradients[0], (gradients[1] + gradients[2]) / 2)
+    assert not torch.allclose(gradients[1], gradients[2], rtol=0.1)
+
+
+def test_least_squares_is_the_minimum_over_all_samples(config: Make, model: Path) -> None:
+    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+    attach_relevance(loaded, RelevanceConfig())
+    options = config(regression={"solver": "least_squares", "ridge": 1e-9})
+    reader = SampleReader(loaded, tokenizer, options, RelevanceConfig())
+    samples = [
+        {"input_ids": [3 + (i * i + k) % 97 for i in range(60)], "boundary": 50, "sample_index": k}
+        for k in range(4)
+    ]
+    solver = LeastSquares(loaded, options)
+    inputs, wanted = [], []
+    for sample in samples:
+        read = reader.read(sample)
+        assert read is not None
+        solver.step(0, [read])
+        states = read[0][1].hidden[0, read[1]]
+        inputs.append(states / states.square().mean(-1, keepdim=True).add(1e-6).sqrt())
+        wanted.append(log_targets(read[0], read[1], 1e-6)[1].T)
+    solver.settle()
+    x = torch.cat(inputs).double()
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(x, torch.cat(wanted).double(), driver="gelsd").solution
+    score = getattr(relevance_modules(loaded)[1], NAME).score
+    predicted = x[:, :-1].float() @ score.weight.T + score.bias
+    torch.testing.assert_close(predicted, (x @ expected).float(), atol=2e-3, rtol=1e-3)
+    read = reader.read(samples[0])
+    assert read is not None
+    torch.testing.assert_close(
+        scores_of(read[0], read[1])[1].T, predicted[: len(inputs[0])], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_rank_correlation_is_pandas_spearman() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 6, (3, 40), generator=generator).float()  # many ties
+    b = a + 2 * torch.randn(3, 40, generator=generator).round()
+    for x, y, found in zip(a, b, rank_correlation(a, b).tolist(), strict=True):
+        assert ranks(x).tolist() == pd.Series(x.tolist()).rank().tolist()
+        expected = pd.Series(x.tolist()).rank().corr(pd.Series(y.tolist()).rank())
+        assert found == pytest.approx(expected, abs=1e-12)
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([5.0, 9, 100])).item() == pytest.approx(1)
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([7.0, 7, 7])).isnan()
+
+
+def test_agreement_by_hand() -> None:
+    targets = torch.tensor([[[1.0, 2, 3, 4, 5]], [[10.0, 9, 8, 7, 6]]])
+    backwards = targets.clone()
+    backwards[0, 0] = backwards[0, 0].flip(0)
+    found = agreement(backwards, targets)
+    assert found["layers"] == pytest.approx([-1.0, 1.0])
+    assert found["model"] == pytest.approx(1 - 6 * 40 / (10 * 99))  # squared rank differences 16+4+0+4+16
+    assert found["kept"] == {"0.5": 1.0, "0.7": 1.0, "0.8": 1.0, "0.9": 1.0}
+    assert agreement(-targets, targets)["kept"]["0.7"] == 0.0
+    mean = mean_agreement([found, agreement(targets, targets)])
+    assert mean["layers"] == pytest.approx([0.0, 1.0])
+    constant = agreement(targets, torch.stack([targets[0], torch.ones(1, 5)]))
+    assert mean_agreement([constant])["layers"][1] is None
+
+
+def test_losses_by_hand() -> None:
+    targets = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    assert top_entries(targets, 0.5).tolist() == [False, True, False, True]
+    assert top_entries(torch.zeros(4), 0.7).tolist() == [True, False, False, False]
+    scores = torch.tensor([0.0, 0.0, 0.0, 0.0])
+    assert membership_loss(scores, targets, 0.5).item() == pytest.approx(0.6931, abs=1e-4)
+    right = pair_loss(10 * targets, targets, 400, seed=1)
+    wrong = pair_loss(-10 * targets, targets, 400, seed=1)
+    assert right.item() < 1e-3 and wrong.item() > 5
+    assert pair_loss(10 * targets, torch.zeros(4), 400, seed=1).item() == 0, "equal targets have no order"
+
+
+def test_the_learning_rate(config: Make) -> None:
+    plan = config(steps=100, warmup=4)
+    assert [round(share_of_lr(step, plan), 2) for step in (0, 3, 4, 52, 99)] == [0.2, 0.8, 1.0, 0.5, 0.0]
+    flat = config(steps=100, warmup=0.1, schedule="constant")
+    assert share_of_lr(9, flat) < 1 and share_of_lr(10, flat) == share_of_lr(99, flat) == 1
