@@ -22,12 +22,12 @@ def attend_stored(
     batch, n_heads, n_query, width = query.shape
     heads = layer.n_kv_heads
     folded = query.reshape(batch * heads, (n_heads // heads) * n_query, width)
-    tail_mask = _tail_mask(layer, attention_mask, n_query, query.device)
+    seen_tail = tail_mask(layer, attention_mask, n_query, query.device)
     output = torch.empty_like(folded)
     for group in layer.groups():
         mask = None
-        if tail_mask is not None:
-            mask = tail_mask
+        if seen_tail is not None:
+            mask = seen_tail
             if mask.shape[0] > 1:  # rows differ (padding): [B, Q, tail] -> one mask per segment
                 mask = mask.repeat_interleave(heads, dim=0)[group.start : group.stop]
             mask = nn.functional.pad(mask, (group.n_prefix, 0), value=True)
@@ -38,7 +38,7 @@ def attend_stored(
     return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
 
 
-def _tail_mask(
+def tail_mask(
     layer: SparseLayer, attention_mask: Tensor | None, n_query: int, device: torch.device
 ) -> Tensor | None:
     """BoolTensor [B or 1, Q, tail]: which tail entries each new query sees; None if all. Prefixes are always seen."""

@@ -199,13 +199,21 @@ class SparseLayer(CacheLayerMixin):
         ConfigError
             If `kept` is for another number of rows or columns.
         """
+        self.check_fits(kept)
+        self.forget(kept, rotation)
+
+    def forget(self, kept: Tensor, rotation: Rotation | None = None) -> None:
+        """As `keep`, where the others are really to be lost: also in a layer that would hand them over."""
+        rows = torch.arange(self.batch, device=kept.device)
+        self._store = self.store.keep(kept, rows, rotation)
+
+    def check_fits(self, kept: Tensor) -> None:
+        """Raise a ConfigError if `kept` [B, H or 1, T] is for other rows or columns than this layer has."""
         if kept.shape[0] != self.batch or kept.shape[-1] != self.get_seq_length():
             raise ConfigError(
                 f"kept is for {kept.shape[0]} rows and {kept.shape[-1]} columns; "
                 f"the cache has {self.batch} rows and has seen {self.get_seq_length()} columns"
             )
-        rows = torch.arange(self.batch, device=kept.device)
-        self._store = self.store.keep(kept, rows, rotation)
 
     def fork(self, kept: Tensor, rotation: Rotation | None = None) -> SparseLayer:
         """Compacted copies of a one-row layer: `kept` [C, H or 1, T] gives a layer of C rows."""
@@ -268,7 +276,7 @@ class SparseLayer(CacheLayerMixin):
             raise ConfigError(
                 "a re-rotated cache can't be cropped into its compacted part; use snapshot and restore"
             )
-        self.keep((column < length)[None, None].expand(store.batch, 1, -1))
+        self.forget((column < length)[None, None].expand(store.batch, 1, -1))
         self._store = replace(self.store, seen=length)
 
     def reset(self) -> None:

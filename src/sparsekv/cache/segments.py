@@ -173,7 +173,7 @@ class Segments:
         `kept` is a BoolTensor [new rows, H or 1, T]; with `rotation` kept keys move to consecutive positions.
         """
         heads = self.n_kv_heads
-        segment, column, slot = self._live()
+        segment, column, slot = self.live()
         kept = kept.to(slot.device).expand(-1, heads, -1)
         row, head = segment // heads, segment % heads
         wanted = kept[:, head, column] & (row == rows.to(slot.device)[:, None])  # [new rows, N]
@@ -200,7 +200,7 @@ class Segments:
             origin=origin,
         )
 
-    def _live(self) -> tuple[Tensor, Tensor, Tensor]:
+    def live(self) -> tuple[Tensor, Tensor, Tensor]:
         """For every stored entry, in order: segment [N], column [N], slot in the buffer [N]."""
         counts = torch.tensor(self.counts, device=self.keys.device)
         segment, rank = self._ranks(counts)

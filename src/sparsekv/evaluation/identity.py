@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,23 +12,12 @@ from typing import Any
 import torch
 
 import sparsekv
+from sparsekv.cache.fingerprint import weights_fingerprint
 from sparsekv.config import EvalConfig
 from sparsekv.models import public_name
 from sparsekv.models.placement import resolve_device, resolve_dtype
 
 _PACKAGES = ("torch", "transformers", "kvpress", "peft", "numpy")
-_SAMPLES = 64
-
-
-def weights_fingerprint(model: Any) -> str:
-    """A hash over the config and a sample of every parameter: other weights give another fingerprint."""
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def known_identity(config: EvalConfig) -> dict[str, Any]:
