@@ -41,12 +41,16 @@ def config(model: Path, text: Path, tmp_path: Path) -> Make:
     return lambda **changes: fit_config(model, text, **{"output": tmp_path / "run"} | changes)
 
 
+FEATURED = {"n_sink": 1, "n_recent": 3, "features": ["hidden", "attention", "handcrafted"]}
+
 WAYS = {
     "mse": {},
     "mlp": {"predictor": {"n_sink": 1, "n_recent": 3, "width": 8}},
     "bce": {"regression": {"loss": "bce"}},
     "ranking": {"regression": {"loss": "ranking", "pairs": 512}},
     "least squares": {"regression": {"solver": "least_squares"}},
+    "features": {"predictor": FEATURED},
+    "least squares of features": {"predictor": FEATURED, "regression": {"solver": "least_squares"}},
 }
 
 
@@ -166,7 +170,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width of least squares": (
         {"regression": {"solver": "least_squares"}, "predictor": {"width": 8}},
-        "needs linear predictors of the hidden state, got width 8",
+        "needs linear predictors (width 0), got width 8",
     ),
     "lr of least squares": (
         {"regression": {"solver": "least_squares"}, "lr": 0.1},

@@ -12,10 +12,11 @@ import torch
 from sparsekv.models import load_model
 from sparsekv.relevance.predictor import NAME, RelevanceConfig, attach_relevance, relevance_modules
 from sparsekv.training.fit_config import FitConfig
+from sparsekv.training.fit_least_squares import LeastSquares
 from sparsekv.training.fit_losses import membership_loss, pair_loss, top_entries
 from sparsekv.training.fit_metrics import agreement, mean_agreement, rank_correlation, ranks
 from sparsekv.training.fit_regression import SampleReader
-from sparsekv.training.fit_solvers import Descent, LeastSquares, scores_of, share_of_lr
+from sparsekv.training.fit_solvers import Descent, scores_of, share_of_lr
 from sparsekv.training.fit_targets import log_targets
 from toy import save_toy_model
 from training.fit_runs import fit_config, write_text

@@ -70,7 +70,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         )
     if config.adapter is not None and options.enabled and (Path(config.adapter) / RELEVANCE_FILE).exists():
         load_relevance(model, config.adapter)
-    shape = RelevanceConfig(width=options.width, bias=options.bias)
+    shape = RelevanceConfig(options.width, options.bias, tuple(options.features))
     if options.enabled and options.start_from is not None:
         with_predictors(model, shape, options.start_from)
     return SparseKVTrainer(

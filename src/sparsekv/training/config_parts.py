@@ -12,8 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sparsekv.config import Strict
-from sparsekv.errors import ConfigError, nearest
+from sparsekv.errors import ConfigError, nearest, unknown
 from sparsekv.training.curricula import Curriculum, make_curriculum
+
+FEATURES = ("hidden", "attention", "handcrafted")
+"""What predictors may read (`relevance.features.GROUPS`, which can't be imported without torch)."""
 
 TrainModel = Literal["lora", "full", "frozen"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -188,6 +191,19 @@ class CurriculumConfig(Named):
         return make_curriculum(self.name, **self.args)
 
 
+def _known_features(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    for name in names if isinstance(names, (list, tuple)) else ():
+        if name not in FEATURES:
+            raise unknown("feature group", name, FEATURES)
+        if list(names).count(name) > 1:
+            raise ValueError(f"the group '{name}' is named twice")
+    return names
+
+
+Features = Annotated[list[str], BeforeValidator(_known_features), Field(min_length=1)]
+
+
 class RelevanceOptions(Strict):
     """Learned eviction: predictors of relevance, trained through a relaxed Selection.
 
@@ -199,6 +215,7 @@ class RelevanceOptions(Strict):
     ----------
     enabled : train predictors; with neither press nor method they are what drops entries
     width : hidden units of a two-layer predictor; 0: linear
+    features : what predictors read: "hidden" (the hidden state), "attention", "handcrafted"
     bias : where the scores start; 3 keeps 95 % of every entry at first
     threshold : how the budget is held. "learned": by a penalty on the mean of w. "quantile": the running quantile of
         all scores at the ratio is subtracted from them, and no penalty is needed.
@@ -212,6 +229,7 @@ class RelevanceOptions(Strict):
 
     enabled: bool = False
     width: int = Field(default=0, ge=0)
+    features: Features = ["hidden"]  # noqa: RUF012 (pydantic copies it)
     bias: float = Field(default=3.0, allow_inf_nan=False)
     threshold: Literal["learned", "quantile"] = "learned"
     lr: Positive = 2e-2

@@ -49,7 +49,9 @@ def run_fit(
     )
     model.requires_grad_(False)
     start = trained if trained is not None else config.start_from
-    features = RelevanceConfig(width=config.predictor.width, bias=config.predictor.bias)
+    features = RelevanceConfig(
+        config.predictor.width, config.predictor.bias, tuple(config.predictor.features)
+    )
     with_predictors(model, features, start, seed=config.seed)
     reader = SampleReader(model, tokenizer, config, features)
     data, held_out = split_data(config.data, config.judged_data(), config.held_out, config.seed, tokenizer)

@@ -10,13 +10,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sparsekv.config import DType, Ratio, Strict, parse_config
 from sparsekv.config_files import load_settings
-from sparsekv.errors import unknown
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.config_parts import CurriculumConfig, NotNegative, Objective, ObjectiveConfig, Positive
+from sparsekv.training.config_parts import (
+    CurriculumConfig,
+    Features,
+    NotNegative,
+    Objective,
+    ObjectiveConfig,
+    Positive,
+)
 from sparsekv.training.data_spec import DataConfig
-
-FEATURES = ("hidden", "attention", "handcrafted")
-"""Groups of features that a predictor may read."""
 
 TRAINING = "training"
 """Sub-folder of output_dir that holds the training run of way "end_to_end"."""
@@ -40,20 +43,11 @@ class PredictorOptions(Strict):
     """
 
     width: int = Field(default=0, ge=0)
-    features: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=["hidden"], min_length=1)
+    features: Features = ["hidden"]  # noqa: RUF012 (pydantic copies it)
     bias: float = Field(default=3.0, allow_inf_nan=False)
     n_sink: int = Field(default=4, ge=0)
     n_recent: int = Field(default=16, ge=0)
     serve_ratio: Ratio = 0.7
-
-    @model_validator(mode="after")
-    def _known_features(self) -> PredictorOptions:
-        for name in self.features:
-            if name not in FEATURES:
-                raise unknown("feature group", name, FEATURES)
-        if len(set(self.features)) < len(self.features):
-            raise ValueError(f"features {self.features} names a group twice")
-        return self
 
 
 class FutureOptions(Strict):
@@ -81,7 +75,7 @@ class RegressionOptions(Strict):
     ----------
     loss : "mse" on the logarithm of the target; "bce" on whether an entry is among the model's top ones; "ranking":
         the logistic loss of pairs of entries of the whole model, by which of them has the larger target
-    solver : "adamw", or "least_squares": the exact minimum of mse, for linear predictors of the hidden state
+    solver : "adamw", or "least_squares": the exact minimum of mse, for linear predictors
     ridge : "least_squares": penalty on the weights, as a fraction of the mean square of a feature
     top_ratio : "bce": the fraction that is NOT among the top
     pairs : "ranking": pairs drawn per sample
@@ -187,11 +181,10 @@ class FitConfig(Strict):
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup must be whole steps, or a fraction of all below 1, got {self.warmup}")
         if self.regression.solver == "least_squares":
-            for key, value in (("width", self.predictor.width), ("features", self.predictor.features)):
-                if value not in (0, ["hidden"]):
-                    raise ValueError(
-                        f"solver 'least_squares' needs linear predictors of the hidden state, got {key} {value}"
-                    )
+            if self.predictor.width:
+                raise ValueError(
+                    f"solver 'least_squares' needs linear predictors (width 0), got width {self.predictor.width}"
+                )
             for key in ("lr", "schedule", "warmup", "weight_decay", "start_from"):
                 if given(key):
                     raise ValueError(
@@ -238,6 +231,7 @@ class FitConfig(Strict):
             "relevance": {
                 "enabled": True,
                 "width": own.width,
+                "features": own.features,
                 "bias": own.bias,
                 "n_sink": own.n_sink,
                 "n_recent": own.n_recent,

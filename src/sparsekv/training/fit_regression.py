@@ -32,8 +32,9 @@ from sparsekv.training.data_layout import Layout, Sample
 from sparsekv.training.dropping import seed_of
 from sparsekv.training.fit_config import FitConfig
 from sparsekv.training.fit_futures import observation_of
+from sparsekv.training.fit_least_squares import LeastSquares
 from sparsekv.training.fit_output import read_fit_config, write_fit_config
-from sparsekv.training.fit_solvers import Read, Solver, make_solver
+from sparsekv.training.fit_solvers import Descent, Read, Solver
 from sparsekv.training.fit_targets import observe, scored_slice
 from sparsekv.training.output import METRICS_FILE, MetricsLog, public_settings
 
@@ -126,7 +127,8 @@ def fit_regression(
     config, model = reader.config, reader.model
     output = Path(config.output_dir).expanduser()
     output.mkdir(parents=True, exist_ok=True)
-    solver = make_solver(model, config)
+    exact = config.regression.solver == "least_squares"
+    solver: Solver = LeastSquares(model, config) if exact else Descent(model, config)
     done = 0
     if checkpoint is not None:
         done = step_of(checkpoint)

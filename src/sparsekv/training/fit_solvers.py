@@ -1,4 +1,4 @@
-"""What turns scores and targets into predictors: steps downhill, or least squares.
+"""What turns scores and targets into predictors: steps downhill here, `fit_least_squares` for linear ones.
 
 A solver takes one step's samples as they are read, one at a time, and holds no more than one.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.relevance.predictor import NAME, relevance_modules, relevance_of
+from sparsekv.policies.learned_scores import predictor_of
+from sparsekv.relevance.predictor import relevance_modules, relevance_of
 from sparsekv.training.fit_config import FitConfig
 from sparsekv.training.fit_losses import make_loss
 from sparsekv.training.fit_targets import Entries, log_targets
@@ -22,18 +23,19 @@ Read = tuple[dict[int, Entries], slice, int]
 """A sample that was read: its entries by layer, the columns that are fitted, the seed of what is drawn."""
 
 
-def predictor_of(entries: Entries) -> Any:
-    """The predictor that scores these entries."""
-    return getattr(entries.module, NAME)
-
-
 def scores_of(entries: dict[int, Entries], columns: slice) -> Tensor:
     """g, fp32 [layers, H, n], of some columns; gradients flow to the predictors."""
-    return torch.cat([_scored(each, columns) for each in entries.values()])
+    return torch.cat([scored(each, columns) for each in entries.values()])
 
 
-def _scored(entries: Entries, columns: slice) -> Tensor:
-    return relevance_of(entries.module, entries.hidden[:, columns])
+def scored(entries: Entries, columns: slice) -> Tensor:
+    """g, fp32 [1, H, n], of one layer."""
+    return relevance_of(entries.module, entries.hidden[:, columns], features_of(entries, columns))
+
+
+def features_of(entries: Entries, columns: slice) -> Tensor | None:
+    """FloatTensor [1, H, n, F] or None: what predictors read of some columns beside the hidden state."""
+    return None if entries.extra is None else entries.extra[:, :, columns]
 
 
 class Solver(ABC):
@@ -56,13 +58,6 @@ class Solver(ABC):
         """The inverse of `state_dict`."""
 
 
-def make_solver(model: Any, config: FitConfig) -> Solver:
-    """The solver of a config, for a model with predictors."""
-    if config.regression.solver == "least_squares":
-        return LeastSquares(model, config)
-    return Descent(model, config)
-
-
 class Descent(Solver):
     """AdamW on the loss of a config. The loss of a step is the mean over its samples."""
 
@@ -71,7 +66,7 @@ class Descent(Solver):
         parameters = [
             p.requires_grad_()
             for m in relevance_modules(model).values()
-            for p in getattr(m, NAME).parameters()
+            for p in predictor_of(m).parameters()
         ]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -108,7 +103,7 @@ class Descent(Solver):
         """Let scores start where targets lie: from afar, hundreds of steps would move nothing but the bias."""
         options = self.config.regression
         for each, of_layer in zip(entries.values(), targets, strict=True):
-            bias = predictor_of(each).score.bias
+            bias = predictor_of(each.module).score.bias
             if options.loss == "mse":
                 bias.copy_(of_layer.mean(-1))
             elif options.loss == "bce" and options.top_ratio > 0:
@@ -130,78 +125,3 @@ def share_of_lr(step: int, config: FitConfig) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1 - done if config.schedule == "linear" else 1.0
-
-
-class LeastSquares(Solver):
-    """The exact minimum of the mean squared error of everything taken so far, for linear predictors.
-
-    With x the predictor's own input (normalised) and a 1 for the bias, it sums x xᵀ and x yᵀ in fp64: per layer
-    (C + 1)² numbers, however many samples come. Every entry of the run weighs the same.
-    """
-
-    def __init__(self, model: Any, config: FitConfig) -> None:
-        self.config = config
-        self.modules = relevance_modules(model)
-        self.squares: dict[int, Tensor] = {}
-        self.products: dict[int, Tensor] = {}
-        self.current = True
-
-    @torch.no_grad()
-    def step(self, number: int, samples: Iterable[Read]) -> float | None:
-        total, count = 0.0, 0
-        for entries, columns, _ in samples:
-            targets = log_targets(entries, columns, self.config.futures.floor)
-            for (index, each), of_layer in zip(entries.items(), targets, strict=True):
-                inputs, scores = _inputs_and_scores(each, columns)
-                total += float((scores - of_layer).square().mean()) / len(entries)
-                self._add(index, inputs, of_layer)
-            count += 1
-            self.current = False
-        return total / count if count else None
-
-    def _add(self, index: int, inputs: Tensor, targets: Tensor) -> None:
-        x = with_ones(inputs).double()
-        y = targets.T.double()
-        self.squares[index] = self.squares.get(index, 0) + x.T @ x
-        self.products[index] = self.products.get(index, 0) + x.T @ y
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Solve for every layer; nothing is done where nothing came since."""
-        if self.current:
-            return
-        for index, squares in self.squares.items():
-            size = squares.shape[0] - 1
-            penalty = self.config.regression.ridge * squares.diagonal()[:size].mean()
-            matrix = squares.clone()
-            matrix.diagonal()[:size] += penalty
-            solution = torch.linalg.solve(matrix, self.products[index])
-            score = getattr(self.modules[index], NAME).score
-            score.weight.copy_(solution[:size].T)
-            score.bias.copy_(solution[size])
-        self.current = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"squares": dict(self.squares), "products": dict(self.products)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = next(next(iter(self.modules.values())).parameters()).device
-        self.squares = {index: value.to(device) for index, value in state["squares"].items()}
-        self.products = {index: value.to(device) for index, value in state["products"].items()}
-
-
-def with_ones(inputs: Tensor) -> Tensor:
-    """[n, C] with a column of ones after it."""
-    return torch.nn.functional.pad(inputs, (0, 1), value=1.0)
-
-
-def _inputs_and_scores(entries: Entries, columns: slice) -> tuple[Tensor, Tensor]:
-    """(what the predictor's linear layer reads [n, C], its scores [H, n])."""
-    caught: list[Tensor] = []
-    score = predictor_of(entries).score
-    handle = score.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
-        scores = _scored(entries, columns)
-    finally:
-        handle.remove()
-    return caught[0][0], scores[0]

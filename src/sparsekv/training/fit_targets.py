@@ -27,6 +27,7 @@ from sparsekv.eviction import row_contexts
 from sparsekv.policies.attention_scores import attention_weights
 from sparsekv.policies.base import LayerContext
 from sparsekv.probe import after_each_layer, run_decoder
+from sparsekv.relevance.features import extra_features
 from sparsekv.relevance.predictor import RelevanceConfig
 from sparsekv.training.fit_futures import Observation
 
@@ -91,7 +92,7 @@ def observe(
             run_decoder(model, torch.tensor([list(ids)], device=device), cache, None)
 
     def keep(ctx: LayerContext) -> None:
-        extra = _extra_features(ctx, config)
+        extra = None if config is None else extra_features(ctx, config)
         shape = ctx.keys.shape[:3]
         nothing = torch.zeros(shape, dtype=torch.float32, device=ctx.keys.device)
         found[ctx.layer_idx] = Entries(ctx.module, ctx.hidden_states, extra, nothing)
@@ -151,7 +152,3 @@ def scored_slice(n_context: int, n_sink: int, n_recent: int) -> slice:
 def log_targets(entries: dict[int, Entries], columns: slice, floor: float) -> Tensor:
     """FloatTensor [layers, H, n], fp32: log of what entries received, at least log(floor)."""
     return torch.cat([each.received[:, :, columns] for each in entries.values()]).clamp_min(floor).log()
-
-
-def _extra_features(ctx: LayerContext, config: RelevanceConfig | None) -> Tensor | None:
-    return None
