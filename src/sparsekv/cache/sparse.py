@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -210,7 +211,14 @@ class SparseCache(Cache):
 
     def check_attention(self) -> None:
         """Raise a ConfigError if what is stored can't be read by the model's present attention."""
-        if self.config._attn_implementation == ATTENTION or self.intact:
+        if self.config._attn_implementation == ATTENTION:
+            return
+        if self.decode is not None:
+            raise ConfigError(
+                f"this cache evicts while decoding, which attention {self.config._attn_implementation!r} does not do; "
+                "call sparsekv.prepare(model) first"
+            )
+        if self.intact:
             return
         counts = self.stored_counts()
         if self.real is not None or int(counts.min()) != int(counts.max()):
@@ -241,6 +249,10 @@ class SparseCache(Cache):
         if isinstance(self.layers[layer_idx], WindowLayer):
             return super().get_mask_sizes(cache_position, layer_idx)
         return max(layer.get_mask_sizes(cache_position) for _, layer in self.sparse_layers())
+
+    def reading(self, model: Any, *, decides: bool) -> AbstractContextManager[None]:
+        """Around the reading of a context by `model`, where a policy `decides` what stays, or none does."""
+        return nullcontext()
 
     # ---- the next forward -----------------------------------------------------------------------------------------
 
