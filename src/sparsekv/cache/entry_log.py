@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.places import NONE, Ints
+from sparsekv.errors import ConfigError
 
 _SLACK = 1024
 """Dead entries that nothing is done about."""
@@ -53,7 +54,8 @@ class EntryLog(ABC):
         self.run = run
         self.chunks: dict[int, Chunk] = {}
         self._current: Chunk | None = None
-        self._live_before = 0  # found by the last `crowded` look that found little to reclaim
+        self._held = 0  # entries that only snapshots hold, as of the last `collect`
+        self._left = 0  # entries of the store when whole chunks were last looked for
 
     @property
     def chunk_rows(self) -> int:
@@ -105,6 +107,8 @@ class EntryLog(ABC):
                     number = next(
                         i for i in range(len(self.chunks) + len(fresh) + 1) if not self._taken(i, fresh)
                     )
+                    if (number + 1) << self.shift > np.iinfo(np.int32).max:
+                        raise ConfigError(f"the passive store is full: it holds {self.n_used} entries")
                     chunk = fresh[number] = self._new_chunk(len(keys) - start, keys)
                 n = min(len(keys) - start, chunk.capacity - chunk.used)
                 self._write(chunk, keys[start : start + n], values[start : start + n])
@@ -122,6 +126,7 @@ class EntryLog(ABC):
         for piece, first, last in pieces:
             self._written(piece, keys[first:last], values[first:last])
         self._current = chunk
+        self._left = max(self._left, self.n_used)
         return slots
 
     def _number_of(self, chunk: Chunk | None) -> int:
@@ -137,9 +142,8 @@ class EntryLog(ABC):
         outputs = (keys, self._empty(len(slots), like)) if values else (keys,)
         numbers = slots >> self.shift
         edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-        if len(edges) > max(
-            8, len(slots) // 64
-        ):  # many chunks in turn: sort them, read, and put back in order
+        mixed = len(edges) > max(8, len(slots) // 64)
+        if mixed and (numbers[1:] < numbers[:-1]).any():  # read chunk by chunk, then put back in order
             order = np.argsort(numbers, kind="stable")
             back = torch.from_numpy(np.argsort(order, kind="stable"))
             keys, found = self.read(slots[order], values=values)
@@ -157,9 +161,17 @@ class EntryLog(ABC):
 
     # ---- giving back ------------------------------------------------------------------------------------------------
 
-    def crowded(self, n_live: int) -> bool:
-        """More dead than live entries, as far as `n_live` tells, since the last `collect` that found them live."""
-        return self.n_used > 2 * max(n_live, self._live_before) + _SLACK
+    def crowded(self, n_live: int, *, moving: bool) -> bool:
+        """More entries are dead than live, so that it is worth a look.
+
+        `n_live` are those of the store; what only snapshots hold was counted by the last `collect`. Without `moving`
+        only whole chunks can go: it is worth a look whenever half of what was left is gone.
+        """
+        if not moving:
+            if n_live > self._left // 2:
+                return False
+            self._left = n_live
+        return self.n_used > 2 * (n_live + self._held) + _SLACK
 
     def drop_dead(self, live: Ints) -> None:
         """Drop chunks without any of the `live` slots."""
@@ -170,10 +182,11 @@ class EntryLog(ABC):
                 self._current = None
             self._dropped(chunk)
 
-    def collect(self, live: Ints) -> Ints | None:
+    def collect(self, live: Ints, n_live: int) -> Ints | None:
         """Empty and drop mostly dead chunks. Returns table [slots]: new slot, or NONE where it didn't move.
 
-        `live` are the slots in use, in any order, repeated or not. Callers `remap` their slots by the table.
+        `live` are the slots in use, in any order, repeated or not; `n_live` of them are the store's, the others a
+        snapshot's. Callers `remap` their slots by the table.
         """
         self.drop_dead(live)
         n_slots = (max(self.chunks, default=-1) + 1) << self.shift
@@ -182,7 +195,7 @@ class EntryLog(ABC):
         unique = np.flatnonzero(is_live).astype(np.int32)
         counts = np.bincount(unique >> self.shift, minlength=len(self.chunks) + 1)
         poor = [number for number, chunk in self.chunks.items() if 2 * counts[number] <= chunk.used]
-        self._live_before = len(unique)
+        self._held = max(0, len(unique) - n_live)
         moving = unique[np.isin(unique >> self.shift, poor)]
         if not len(moving):
             return None
@@ -195,9 +208,9 @@ class EntryLog(ABC):
         self.drop_dead(np.concatenate([stay, new]))
         return table
 
-    def forget_live(self) -> None:
-        """Something that held entries is gone (a snapshot): look again."""
-        self._live_before = 0
+    def forget_held(self) -> None:
+        """A snapshot is gone: look again."""
+        self._held = 0
 
 
 class _Gather:

@@ -102,8 +102,8 @@ class PageSummaries:
                 raise ConfigError(f"keys of layer {layer} in the passive store are not finite (NaN or inf)")
             if self.extremes.shape[-1] == 0:
                 self.extremes = extremes.new_zeros(rows, heads, pages, extremes.shape[-1], device=device)
-            flat = self.extremes.view(-1, extremes.shape[-1])
-            flat[torch.from_numpy(which).to(device)] = extremes.to(device)
+            flat, there = self.extremes.view(-1, extremes.shape[-1]), self.extremes.device
+            flat[torch.from_numpy(which).to(there)] = extremes.to(there)
             before[which] = slots
 
     def bounds(self, query: Tensor, row: int, head: int) -> Tensor:
@@ -128,7 +128,8 @@ class PageSummaries:
         had = max(int(rows.max(initial=-1)) + 1, self.of.shape[0])
         self._pad(had, self.of.shape[1], self.of.shape[2])
         self.of = self.of[rows]
-        self.extremes = self.extremes[torch.from_numpy(rows).to(self.extremes.device)]
+        if self.extremes.shape[-1]:
+            self.extremes = self.extremes[torch.from_numpy(rows).to(self.extremes.device)]
 
     def reorder(self, pages: Ints | None) -> None:
         """New page i is old page pages[b, h, i]; None: forget everything."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsekv.cache.entry_log import EntryLog
 from sparsekv.cache.pages import LayerBounds, LayerIndex
-from sparsekv.cache.places import Ints, Places
+from sparsekv.cache.places import Ints, Places, as_request
 from sparsekv.errors import ConfigError
 
 Store = TypeVar("Store", bound="PassiveStore")
@@ -50,7 +50,7 @@ class PassiveStore(ABC):
     Attributes
     ----------
     dtype, width, device
-        Of the entries, known from the first put (D = `width`). What is read arrives on `device`, where the first
+        Of the entries, known from the first put (D = `width`). What is read arrives on `device`, where the last
         entries came from.
     """
 
@@ -86,18 +86,20 @@ class PassiveStore(ABC):
             Shapes that don't fit, a column that is there already, another dtype or head size than before; for files,
             whatever keeps them from being written.
         """
-        wanted, at = self._request(counts, columns)
+        self._check_open()
+        wanted, at = as_request(counts, columns)
         self._check_entries(len(at), keys, values)
         entry = self._layers.get(layer) or LayerIndex(self.page_size)
         entry.places.fit(wanted.shape[0], wanted.shape[1], at)
         entry.places.check_new(layer, wanted, at)
         if not len(at):
             return
+        if self.dtype is None:
+            self.dtype, self.width = keys.dtype, keys.shape[1]
+        self.device = keys.device
         log = self._log(layer)
         self._reclaim(log)
         slots = log.append(keys.detach(), values.detach())
-        if self.dtype is None:
-            self.dtype, self.width, self.device = keys.dtype, keys.shape[1], keys.device
         entry.squeeze()
         entry.places.make_room(wanted)
         entry.places.insert(wanted, at, slots)
@@ -109,7 +111,8 @@ class PassiveStore(ABC):
         `counts` and `columns` as in `put_layer`. Raises ConfigError, and removes nothing, if an entry isn't there or
         can't be read.
         """
-        wanted, at = self._request(counts, columns)
+        self._check_open()
+        wanted, at = as_request(counts, columns)
         if not len(at):
             return self._nothing()
         places = self._places(layer)
@@ -121,7 +124,8 @@ class PassiveStore(ABC):
 
     def peek_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Read entries, which stay: keys and values [N, D] in the order asked for, copies."""
-        wanted, at = self._request(counts, columns)
+        self._check_open()
+        wanted, at = as_request(counts, columns)
         if not len(at):
             return self._nothing()
         _, slots = self._places(layer).find(layer, wanted, at)
@@ -220,9 +224,11 @@ class PassiveStore(ABC):
             entry.places.crop(n_seen)
 
     def reorder(self, rows: Tensor) -> None:
-        """New row i is old row `rows[i]` (beam search); rows may repeat or vanish. No key is copied."""
+        """New row i is old row `rows[i]` (beam search), or keep the rows of a BoolTensor. No key is copied."""
         self._check_open()
-        index = rows.cpu().numpy().astype(np.int64)
+        index = (
+            (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).cpu().numpy().astype(np.int64)
+        )
         if index.ndim != 1 or int(index.min(initial=0)) < 0:
             raise ConfigError("rows to reorder by must be a list of row numbers >= 0")
         for entry in self._layers.values():
@@ -242,7 +248,7 @@ class PassiveStore(ABC):
         self._check_open()
         taken = Snapshot({layer: entry.copy() for layer, entry in self._layers.items()})
         self._snapshots.add(taken)
-        weakref.finalize(taken, _look_again, weakref.WeakMethod(self._forget_live))
+        weakref.finalize(taken, _look_again, weakref.WeakMethod(self._forget_held))
         return taken
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -325,37 +331,24 @@ class PassiveStore(ABC):
 
     def _reclaim(self, log: EntryLog, *, taking: bool = False) -> None:
         """Give back the room of entries that left, if it is more than that of those that stay."""
-        if not log.crowded(self._n_live(log)):
+        n_live = self._n_live(log)
+        if not log.crowded(n_live, moving=log.moves_on_take or not taking):
             return
         if taking and not log.moves_on_take:
             log.drop_dead(self._live(log))
             return
-        table = log.collect(self._live(log))
+        table = log.collect(self._live(log), n_live)
         if table is not None:
             for holder in self._holders(log):
                 holder.remap(table)
 
-    def _forget_live(self) -> None:
+    def _forget_held(self) -> None:
         for log in self._logs():
-            log.forget_live()
+            log.forget_held()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the passive store is closed")
-
-    def _request(self, counts: Tensor, columns: Tensor) -> tuple[Ints, Ints]:
-        self._check_open()
-        wanted, at = counts.cpu().numpy(), columns.cpu().numpy()
-        if wanted.ndim != 2 or at.ndim != 1 or wanted.dtype.kind != "i" or at.dtype.kind != "i":
-            raise ConfigError(
-                "a request needs counts [rows, kv heads] and columns [entries], both of integers"
-            )
-        if int(wanted.min(initial=0)) < 0 or int(wanted.sum()) != len(at) or int(at.min(initial=0)) < 0:
-            raise ConfigError(
-                f"counts of a request add up to {int(wanted.sum())}, but there are {len(at)} columns; neither counts "
-                "nor columns may be negative"
-            )
-        return wanted.astype(np.int64, copy=False), at.astype(np.int64, copy=False)
 
     def _check_entries(self, n: int, keys: Tensor, values: Tensor) -> None:
         if keys.ndim != 2 or keys.shape != values.shape or len(keys) != n or keys.dtype != values.dtype:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from sparsekv.errors import ConfigError
 
@@ -238,9 +239,22 @@ class Places:
         self.n_entries = int((self.slot != NONE).sum())
 
 
+def as_request(counts: Tensor, columns: Tensor) -> tuple[Ints, Ints]:
+    """The integers of a request, int64; a ConfigError if they don't fit."""
+    wanted, at = counts.cpu().numpy(), columns.cpu().numpy()
+    if wanted.ndim != 2 or at.ndim != 1 or wanted.dtype.kind != "i" or at.dtype.kind != "i":
+        raise ConfigError("a request needs counts [rows, kv heads] and columns [entries], both of integers")
+    if int(wanted.min(initial=0)) < 0 or int(wanted.sum()) != len(at) or int(at.min(initial=0)) < 0:
+        raise ConfigError(
+            f"counts of a request add up to {int(wanted.sum())}, but there are {len(at)} columns; neither counts nor "
+            "columns may be negative"
+        )
+    return wanted.astype(np.int64, copy=False), at.astype(np.int64, copy=False)
+
+
 def remap(slots: Ints, table: Ints) -> None:
-    """Replace, in place, every slot s by table[s] where that isn't NONE."""
-    held = np.flatnonzero(slots != NONE)
+    """Replace slot s by table[s], in place, where that isn't NONE; slots that are gone may lie beyond the table."""
+    held = np.flatnonzero((slots != NONE) & (slots < len(table)))
     flat = slots.reshape(-1)
     moved = table[flat[held]]
     flat[held[moved != NONE]] = moved[moved != NONE]

@@ -1,0 +1,110 @@
+"""Page bounds: by hand, against every key, and kept up to date."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsekv.cache.memory import MemoryStore
+from sparsekv.cache.pages import page_bounds
+from sparsekv.errors import ConfigError
+
+
+def filled(keys: torch.Tensor, page_size: int = 2) -> MemoryStore:
+    """One kv head whose column c has key c."""
+    store = MemoryStore(page_size)
+    store.put(0, 0, 0, torch.arange(len(keys)), keys, keys)
+    return store
+
+
+def test_the_formula_by_hand() -> None:
+    low, high = torch.tensor([[-1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+    # sum over d of max(q*min, q*max): 2*3 + (-1)*2 = 4; -2*-1 + 0 = 2
+    assert page_bounds(torch.tensor([[2.0, -1.0], [-2.0, 0.0]]), low, high).tolist() == [[4.0], [2.0]]
+
+
+def test_bounds_of_a_head_by_hand() -> None:
+    store = filled(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+    scores, pages = store.bounds(0, 0, 0, torch.tensor([[1.0, 1.0], [-1.0, 2.0]]))
+    # page 0 has extremes (0..1, 0..1), page 1 only the key (-1, -1)
+    assert scores.tolist() == [[2.0, -2.0], [2.0, -1.0]]
+    assert [page.tolist() for page in pages] == [[0, 1], [2]]
+
+
+def test_a_summary_follows_what_is_taken_and_put() -> None:
+    store = filled(torch.tensor([[1.0], [7.0], [2.0]]))
+    query = torch.tensor([[1.0]])
+    assert store.bounds(0, 0, 0, query)[0].tolist() == [[7.0, 2.0]]
+    store.take(0, 0, 0, torch.tensor([1]))
+    assert store.bounds(0, 0, 0, query)[0].tolist() == [[1.0, 2.0]]
+    store.put(0, 0, 0, torch.tensor([9]), torch.tensor([[5.0]]), torch.tensor([[0.0]]))
+    scores, pages = store.bounds(0, 0, 0, query)
+    assert scores.tolist() == [[1.0, 5.0]] and [p.tolist() for p in pages] == [[0], [2, 9]]
+    # One comes, one leaves: as many entries as before, but others.
+    store.take(0, 0, 0, torch.tensor([9]))
+    store.put(0, 0, 0, torch.tensor([10]), torch.tensor([[3.0]]), torch.tensor([[0.0]]))
+    assert sorted(store.bounds(0, 0, 0, query)[0][0].tolist()) == [1.0, 2.0, 3.0]
+
+
+def test_a_layer_at_once_is_every_head_alone() -> None:
+    torch.manual_seed(0)
+    store = MemoryStore(4)
+    counts = torch.tensor([[5, 0], [1, 9]])
+    columns = torch.cat([torch.arange(n) for n in counts.flatten().tolist()])
+    store.put_layer(3, counts, columns, torch.randn(15, 8), torch.randn(15, 8))
+    query = torch.randn(3, 2, 2, 8)  # a third row, which never put anything
+    whole = store.bounds_layer(3, query)
+    assert whole.scores.shape == (3, 2, 2, whole.sizes.shape[2]) and whole.sizes[2].sum() == 0
+    assert whole.sizes[1, 1, :3].tolist() == [4, 4, 1]
+    for row in range(3):
+        for head in range(2):
+            scores, pages = store.bounds(3, row, head, query[row, head])
+            real = whole.sizes[row, head] > 0
+            assert torch.allclose(whole.scores[row, head][:, real], scores, atol=1e-5)
+            assert bool((whole.scores[row, head][:, ~real] == -torch.inf).all())
+            listed = whole.columns[row, head][real]
+            assert [p[p >= 0].tolist() for p in listed] == [p.tolist() for p in pages]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1), st.integers(1, 40), st.integers(1, 6), st.sampled_from(["f32", "bf16", "f16"])
+)
+def test_no_key_of_a_page_weighs_more_than_its_bound(seed: int, n: int, page_size: int, kind: str) -> None:
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    torch.manual_seed(seed)
+    keys, query = torch.randn(n, 5).to(dtype), torch.randn(3, 5)
+    store = filled(keys, page_size)
+    gone = torch.randperm(n)[: n // 3]
+    store.bounds(0, 0, 0, query)
+    store.take(0, 0, 0, gone)
+    scores, pages = store.bounds(0, 0, 0, query)
+    assert sorted(torch.cat(pages).tolist()) == sorted(set(range(n)) - set(gone.tolist()))
+    for number, page in enumerate(pages):
+        held = keys[page].double()
+        exact = query.double() @ held.T
+        assert bool((exact <= scores[:, [number]].double() + 1e-5).all())
+        # the tightest box: made from the keys that are there now, not from those that were
+        box = torch.maximum(
+            query.double()[:, None] * held.amin(0), query.double()[:, None] * held.amax(0)
+        ).sum(-1)
+        assert torch.allclose(box[:, 0], scores[:, number].double(), atol=1e-5)
+        if len(page) == 1:
+            assert torch.allclose(exact[:, 0], scores[:, number].double(), atol=1e-5)
+
+
+def test_keys_without_a_bound_and_queries_that_do_not_fit_are_refused() -> None:
+    store = filled(torch.tensor([[1.0], [float("nan")], [2.0]]))
+    with pytest.raises(ConfigError, match="keys of layer 0 in the passive store are not finite"):
+        store.bounds(0, 0, 0, torch.tensor([[1.0]]))
+    store.take(0, 0, 0, torch.tensor([1]))
+    assert store.bounds(0, 0, 0, torch.tensor([[1.0]]))[0].tolist() == [[1.0, 2.0]]
+    with pytest.raises(ConfigError, match="query has head size 2"):
+        store.bounds(0, 0, 0, torch.zeros(1, 2))
+    with pytest.raises(ConfigError, match="the passive store holds 1 rows and 2 kv heads"):
+        store.put(0, 0, 1, torch.tensor([0]), torch.ones(1, 1), torch.ones(1, 1))
+        store.bounds_layer(0, torch.zeros(1, 1, 1, 1))
+    assert store.bounds(5, 0, 0, torch.zeros(1, 1))[1] == []
+    assert store.bounds_layer(5, torch.zeros(2, 3, 4, 1)).scores.shape == (2, 3, 4, 0)
