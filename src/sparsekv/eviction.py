@@ -24,6 +24,7 @@ from sparsekv.policies.base import (
     keep_top,
 )
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.choosing import AcrossLayers
 
 HIDDEN_TOKENS = 128
 """Newest hidden states that a layer keeps while decoding under a layer policy (observation windows are 64)."""
@@ -155,7 +156,7 @@ def kept_by_layer(
         if keeps_everything(use, columns.shape[1]):
             kept[row].scatter_(-1, columns, True)
             continue
-        if policy.scored and use.given and use.scope != "model":
+        if policy.scored and use.given and not policy.spans_layers(use):
             chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
         else:
             chosen = policy.keep_layer(ctx, use)[0]
@@ -183,6 +184,52 @@ def kept_in_layer(
     raise ConfigError(
         f"method {policy.name!r} runs the model itself; it works only right after a whole prefill"
     )
+
+
+class JointEviction:
+    """Evictions of one reading under a policy that chooses over all layers (`LayerPolicy.spans_layers`), row by row.
+
+    Parameters
+    ----------
+    cache : whole, read for the first time
+    policy, budget
+    """
+
+    def __init__(self, cache: SparseCache, policy: LayerPolicy, budget: Budget) -> None:
+        self.cache, self.policy, self.budget = cache, policy, budget
+        self._choices: dict[int, AcrossLayers] = {}
+
+    def after_layer(
+        self,
+        module: nn.Module,
+        index: int,
+        layer: SparseLayer,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> dict[int, Tensor]:
+        """Right after layer `index` has attended: layer -> BoolTensor [B, H, T seen], of the layers to compact now.
+
+        None are returned where no row loses anything.
+        """
+        layers = self.cache.compressible
+        shape = (layer.batch, layer.n_kv_heads, layer.get_seq_length())
+        kept: dict[int, Tensor] = {}
+        whole: list[tuple[int, Tensor]] = []  # rows from which nothing leaves, and their columns
+        contexts = row_contexts(module, index, self.cache, layer, hidden, rotary)
+        for row, (ctx, columns) in enumerate(contexts):
+            if keeps_everything(self.budget, columns.shape[1]):
+                whole.append((row, columns))
+                continue
+            choice = self._choices.get(row)
+            if choice is None:
+                choice = self._choices[row] = self.policy.across_layers(len(layers), self.budget)
+            for place, stays in choice.after_layer(self.policy.score_layer(ctx, self.budget)[0]).items():
+                blank = torch.zeros(shape, dtype=torch.bool, device=columns.device)
+                kept.setdefault(layers[place], blank)[row].scatter_(-1, columns, stays)
+        for mask in kept.values():
+            for row, columns in whole:
+                mask[row].scatter_(-1, columns, True)
+        return kept
 
 
 def evict_layer(

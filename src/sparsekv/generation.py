@@ -21,8 +21,9 @@ from sparsekv import architecture
 from sparsekv.attention import prepare
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
+from sparsekv.cache.steps import install_steps
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.eviction import HIDDEN_TOKENS, kept_in_layer, remember_inputs, row_contexts
+from sparsekv.eviction import HIDDEN_TOKENS, JointEviction, kept_in_layer, remember_inputs
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import (
     LayerPolicy,
@@ -31,7 +32,6 @@ from sparsekv.policies.base import (
     Policy,
     TokenContext,
     TokenPolicy,
-    keep_top,
 )
 from sparsekv.policies.budget import Budget
 from sparsekv.probe import after_each_layer, run_decoder
@@ -125,8 +125,14 @@ def compress(
         cache.rotary = inverse_frequencies(architecture.text_model(plain))
     if phase in ("decode", "both") and not isinstance(policy, (TokenPolicy, LayerPolicy)):
         raise ConfigError(f"method {policy.name!r} can't evict while decoding; use phase='prefill'")
-    if phase != "prefill" and isinstance(policy, LayerPolicy) and budget.scope == "model":
-        raise ConfigError("budget scope 'model' needs the whole context at once; use phase='prefill'")
+    if phase != "prefill" and policy.by_step:
+        raise ConfigError(f"method {policy.name!r} evicts nothing while decoding; use phase='prefill'")
+    if isinstance(policy, LayerPolicy):
+        policy.check_scope(budget)
+        if phase != "prefill" and policy.needs_whole_context(budget):
+            raise ConfigError(
+                f"{_whole(policy, budget)} needs the whole context at once; use phase='prefill'"
+            )
     cache.decode = None  # an earlier turn's eviction must not run while this one reads
     remember = phase != "prefill" and isinstance(policy, LayerPolicy)
     if phase == "decode":
@@ -145,8 +151,18 @@ def compress(
     if phase == "prefill" or not needs_ids:
         cache.ids = None
     cache.decode = DecodeEviction(policy, budget, every) if phase != "prefill" else None
+    install_steps(cache, policy, budget)
     cache.check_attention()
     return cache
+
+
+def _whole(policy: LayerPolicy, budget: Budget) -> str:
+    """What it is that needs a whole context, for messages."""
+    return (
+        f"method {policy.name!r}"
+        if policy.joint or policy.whole_context
+        else f"budget scope {budget.scope!r}"
+    )
 
 
 def _cache_for(
@@ -217,8 +233,13 @@ def _read(
             )
         _read_whole(model, input_ids, cache, policy, budget)
         return
-    if isinstance(policy, LayerPolicy) and budget.scope == "model" and (start or not single):
-        raise ConfigError("budget scope 'model' needs the whole context at once: no chunk and no later turn")
+    if isinstance(policy, LayerPolicy) and policy.needs_whole_context(budget) and (start or not single):
+        raise ConfigError(
+            f"{_whole(policy, budget)} needs the whole context at once: no chunk and no later turn"
+        )
+    joint: JointEviction | None = None
+    if isinstance(policy, LayerPolicy) and policy.spans_layers(budget):
+        joint = JointEviction(cache, policy, budget)
     full_real = cache.real
     for begin in range(start, total, step):
         end = min(begin + step, total)
@@ -226,15 +247,8 @@ def _read(
         if cache.real is not None and bool(cache.real.all()):
             cache.real = None
         mask = cache.real
-        scores: list[tuple[Tensor, Tensor]] = []  # per layer: scores [1, H, n] and their columns [H, n]
 
-        def evict(
-            module: nn.Module,
-            index: int,
-            hidden: Tensor,
-            rotary: tuple[Tensor, Tensor],
-            into: list[tuple[Tensor, Tensor]] = scores,
-        ) -> None:
+        def evict(module: nn.Module, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
             layer = require_sparse(cache.layers[index])
             if remember:
                 recent = remember_inputs(layer, hidden, rotary)
@@ -242,11 +256,9 @@ def _read(
                     hidden, rotary = recent
             if policy is None:
                 return
-            if isinstance(policy, LayerPolicy) and budget.scope == "model":
-                if cache.batch > 1:
-                    raise ConfigError("budget scope 'model' takes one row at a time")
-                ((ctx, columns),) = row_contexts(module, index, cache, layer, hidden, rotary)
-                into.append((policy.score_layer(ctx, budget), columns))
+            if joint is not None:
+                for known, kept in joint.after_layer(module, index, layer, hidden, rotary).items():
+                    cache.keep_in_layer(known, kept)
                 return
             kept = kept_in_layer(cache, module, index, policy, budget, hidden, rotary)
             if not _keeps_all(kept, cache):
@@ -254,13 +266,6 @@ def _read(
 
         with after_each_layer(model, evict):
             run_decoder(model, input_ids[:, begin:end], cache, mask)
-        if scores:
-            chosen = keep_top(torch.stack([s for s, _ in scores], dim=1), budget)[0]
-            if not bool(chosen.all()):
-                for index, of_layer, (_, columns) in zip(cache.compressible, chosen, scores, strict=True):
-                    kept = torch.zeros(1, of_layer.shape[0], end, dtype=torch.bool, device=of_layer.device)
-                    kept[0].scatter_(-1, columns, of_layer)
-                    cache.keep_in_layer(index, kept)
     cache.real = full_real
 
 

@@ -79,6 +79,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.policy.own_prefill or not isinstance(self.policy, (TokenPolicy, LayerPolicy)):
             raise ConfigError(f"method {self.policy.name!r} needs a prefill of its own; use compress")
+        if isinstance(self.policy, LayerPolicy):
+            self.policy.check_scope(self.budget)
 
 
 @dataclass
@@ -129,7 +131,7 @@ def prefill(
             policy, begin = request.policy, time.perf_counter()
             if not isinstance(policy, LayerPolicy) or keeps_everything(request.budget, length):
                 continue
-            if not policy.scored or not request.budget.given:
+            if not policy.scored or not (request.budget.given or policy.spans_layers(request.budget)):
                 kept[request.key][0, index] = policy.keep_layer(ctx, request.budget)[0].cpu()
                 spent[request.key] += time.perf_counter() - begin
                 continue
@@ -141,7 +143,7 @@ def prefill(
                 cost = time.perf_counter() - begin
                 shared[id(policy)] = value, cost
                 spent[request.key] += cost
-            if request.budget.scope == "model":
+            if policy.spans_layers(request.budget):
                 scores.setdefault(request.key, []).append(value)
                 continue
             begin = time.perf_counter()
@@ -162,8 +164,8 @@ def prefill(
         if isinstance(request.policy, TokenPolicy):
             selections[request.key] = request.policy.select(context, request.budget).to("cpu")
         else:
-            if request.key in scores:
-                chosen = keep_top(torch.stack(scores[request.key], dim=1), request.budget)
+            if request.key in scores and isinstance(request.policy, LayerPolicy):
+                chosen = request.policy.keep_layers(torch.stack(scores[request.key], dim=1), request.budget)
                 kept[request.key][:, cache.compressible] = chosen.cpu()
             selections[request.key] = Selection.from_kept(kept[request.key])
         spent[request.key] += time.perf_counter() - begin

@@ -15,11 +15,14 @@ from sparsekv.policies import METHODS, Policy, list_methods, make_policy
 from sparsekv.policies.adaptive_blocks import AdaptiveBlockDropout
 from sparsekv.policies.anchors import AnchorConfig, Anchors, DynamicAnchors
 from sparsekv.policies.blocks import BlockDropout, VariableBlockDropout
+from sparsekv.policies.defensive_kv import DefensiveKV, LayerDefensiveKV
+from sparsekv.policies.dynamic_kv import DynamicKV
 from sparsekv.policies.ladder import Ladder
 from sparsekv.policies.positional import Full, Random, SinkRecent, SlidingWindow, UniformMiddle
+from sparsekv.policies.rocket_kv import Quest, RocketKV
 from sparsekv.policies.sentences import SentenceDropout
 from sparsekv.policies.soft import SoftThreshold
-from sparsekv.relevance import Relevance
+from sparsekv.relevance import ATSKV, Relevance
 
 OWN = {
     "full": Full,
@@ -36,6 +39,12 @@ OWN = {
     "adaptive_block_dropout": AdaptiveBlockDropout,
     "soft_threshold": SoftThreshold,
     "relevance": Relevance,
+    "atskv": ATSKV,
+    "dynamic_kv": DynamicKV,
+    "defensive_kv": DefensiveKV,
+    "layer_defensive_kv": LayerDefensiveKV,
+    "rocket_kv": RocketKV,
+    "quest": Quest,
 }
 METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsekv.cache.places import NONE, Ints, Places, padded, remap
 from sparsekv.errors import ConfigError
+from sparsekv.policies.step_rules import page_bounds
 
 _AT_ONCE = 4096
 """Pages summarised in one go: bounds the keys that are copied for it."""
@@ -43,13 +44,6 @@ class LayerBounds:
     scores: Tensor
     sizes: Tensor
     columns: Tensor
-
-
-def page_bounds(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Upper bounds [..., G, P] of q . k for queries [..., G, D] and pages of keys in [lowest, highest] [..., P, D]."""
-    query = query.float()
-    both = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
-    return both @ torch.cat([highest, lowest], dim=-1).float().transpose(-1, -2)
 
 
 class PageSummaries:

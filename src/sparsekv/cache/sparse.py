@@ -218,6 +218,11 @@ class SparseCache(Cache):
                 f"this cache evicts while decoding, which attention {self.config._attn_implementation!r} does not do; "
                 "call sparsekv.prepare(model) first"
             )
+        if any(layer.reader is not None for _, layer in self.sparse_layers()):
+            raise ConfigError(
+                f"attention {self.config._attn_implementation!r} would read all that this cache stores, not what its "
+                "method chooses at every step; call sparsekv.prepare(model) first"
+            )
         if self.intact:
             return
         counts = self.stored_counts()

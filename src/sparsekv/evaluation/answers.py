@@ -1,6 +1,7 @@
 """Answers of many methods to one prompt: one prefill, compacted copies, one batch.
 
-What can't share the prefill (methods that change it, chunked reading, eviction while decoding) gets its own.
+What can't share the prefill (methods that change it, chunked reading, eviction while decoding) or the batch (methods
+that choose at every step what to read, which holds for all rows of a cache) gets its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
+from sparsekv.cache.steps import attended_fraction, step_bytes
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.cells import Setting
 from sparsekv.evaluation.native import native_reply
@@ -69,9 +71,9 @@ class Answerer:
         return self._policies[key]
 
     def shares_prefill(self, setting: Setting) -> bool:
-        """Whether eviction comes after an ordinary prefill, which then serves all such settings."""
+        """Whether eviction after an ordinary prefill, which then serves all such settings, is all there is to it."""
         policy = self.policy(setting)
-        alone = policy.own_prefill or policy.rerotate or isinstance(policy, NativePolicy)
+        alone = policy.own_prefill or policy.rerotate or policy.by_step or isinstance(policy, NativePolicy)
         return not alone and setting.phase == "prefill" and setting.chunk is None
 
     def answer(self, prompt: Prompt, settings: Sequence[Setting]) -> list[Reply]:
@@ -171,7 +173,16 @@ class Answerer:
         ((text, reason, perplexity),) = self._respond(prompt, cache)
         if setting.phase != "prefill":
             sizes = self._sizes(cache)
-        return Reply(text, reason, *sizes, perplexity=perplexity)
+        achieved, n_bytes, full_bytes = sizes
+        return Reply(
+            text,
+            reason,
+            achieved,
+            n_bytes + step_bytes(cache),
+            full_bytes,
+            perplexity=perplexity,
+            attended_fraction=attended_fraction(cache),
+        )
 
     @staticmethod
     def _sizes(cache: SparseCache) -> tuple[float, int, int]:

@@ -158,24 +158,32 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 f"{name} reads the whole context at once, so it can't be read in chunks; {advice.no_chunk}"
             )
         scope = setting.budget_scope
+        if policy.by_step and setting.phase != "prefill":
+            raise ConfigError(f"{name} evicts nothing while decoding; use phase: prefill")
         if scope != "head" and isinstance(policy, (ModelPolicy, NativePolicy)):
             raise ConfigError(
                 f"{name} shares its budget in its own way; budget_scope must be head, got {scope}"
             )
-        if scope == "model" and isinstance(policy, LayerPolicy):
-            if not policy.scored:
+        if isinstance(policy, LayerPolicy):
+            if scope == "model" and not policy.scored:
                 raise ConfigError(
                     f"{name} decides layer by layer; budget_scope must be head or layer, got model"
                 )
-            if setting.chunk is not None or setting.phase != "prefill":
+            if scope not in policy.scopes:
                 raise ConfigError(
-                    f"{name}: budget_scope model needs the whole context at once: no chunk, phase prefill"
+                    f"{name} shares its budget in its own way; budget_scope must be "
+                    f"{' or '.join(policy.scopes)}, got {scope}"
                 )
+            whole = policy.needs_whole_context(setting.budget)
+            if whole and (setting.chunk is not None or setting.phase != "prefill"):
+                own = policy.joint or policy.whole_context
+                what = name if own else f"{name}: budget_scope {scope}"
+                raise ConfigError(f"{what} needs the whole context at once: no chunk, phase prefill")
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
         elif (
             isinstance(policy, LayerPolicy)
-            and policy.scored
+            and (policy.scored or policy.needs_budget)
             and not policy.own_sizes
             and not setting.budget.given
         ):

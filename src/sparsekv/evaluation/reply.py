@@ -23,7 +23,7 @@ class Reply:
     perplexity : float, optional
         Of the reference, in perplexity.
     attended_fraction : float
-        1.0 unless single decoding steps attend to a part of what is stored.
+        Stored entries that the answer's last decoding step attended to, as a fraction; 1.0 unless steps choose.
     """
 
     prediction: str

@@ -34,7 +34,6 @@ from sparsekv.policies.base import (
     Policy,
     TokenContext,
     TokenPolicy,
-    keep_top,
 )
 from sparsekv.policies.budget import Budget, Scope
 
@@ -79,6 +78,10 @@ class PolicyPress(BasePress):
             raise ConfigError(f"method {policy.name} is a kvpress press already: use policy.press(budget)")
         if policy.rerotate:
             raise ConfigError(f"method {policy.name} re-rotates keys; in kvpress use its KeyRerotationPress")
+        if policy.by_step:
+            raise ConfigError(
+                f"method {policy.name} chooses at every step what to read, which kvpress can't; use compress"
+            )
         self.policy = policy
         self.tokens, self.scope, self.tokenizer, self.seed = tokens, scope, tokenizer, seed
         self._ratio = compression_ratio
@@ -181,7 +184,7 @@ class PolicyPress(BasePress):
             ids=self._ids if self._ids is not None and self._ids.shape[1] == keys.shape[2] else None,
             tokenizer=self.tokenizer,
         )
-        if self.scope == "model":
+        if self.policy.spans_layers(self.budget()):
             self._scores[layer] = self.policy.score_layer(ctx, self.budget())
             return keys, values
         kept = self.policy.keep_layer(ctx, self.budget())
@@ -255,9 +258,10 @@ class PolicyPress(BasePress):
     def _finish(self, model: Any) -> None:
         """Apply what could only be decided after the last layer."""
         modules = architecture.attention_modules(model)
-        if self._scores:
+        if self._scores and isinstance(self.policy, LayerPolicy):
             layers = sorted(self._scores)
-            kept = keep_top(torch.stack([self._scores[layer] for layer in layers], dim=1), self.budget())
+            scores = torch.stack([self._scores[layer] for layer in layers], dim=1)
+            kept = self.policy.keep_layers(scores, self.budget())
             for place, layer in enumerate(layers):
                 self._hide(modules[layer], kept[:, place])
         elif isinstance(self.policy, ModelPolicy) and self._ids is not None:

@@ -76,4 +76,9 @@ def _as_policy(given: Any) -> TokenPolicy | LayerPolicy:
             f"eviction_aug: method {policy.name or type(policy).__name__} needs a prefill of its own; "
             "give methods that choose entries before the forward or inside a layer"
         )
+    if policy.by_step or (isinstance(policy, LayerPolicy) and policy.joint):
+        reason = "chooses at every decoding step" if policy.by_step else "needs every layer's scores first"
+        raise ConfigError(
+            f"eviction_aug: method {policy.name} {reason}; give methods that choose inside a layer"
+        )
     return policy

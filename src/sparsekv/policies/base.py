@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
-from sparsekv.policies.budget import Budget
+from sparsekv.policies.budget import SCOPES, Budget, Scope
+from sparsekv.policies.choosing import AcrossLayers, TopOfAllLayers, keep_across, keep_top
+from sparsekv.policies.step_rules import StepRule
 from sparsekv.selection import NEVER, Selection
 
 if TYPE_CHECKING:
@@ -166,6 +168,16 @@ class Policy(ABC):
     rerotate: bool = False
     """True if kept keys are to be re-rotated to consecutive positions."""
 
+    by_step: ClassVar[bool] = False
+    """True if a decoding step attends to a part of what is stored (`step_rule`)."""
+
+    def step_rule(self, budget: Budget, place: int) -> StepRule | None:
+        """Which stored entries a decoding step attends to in one layer; None: all of them.
+
+        `place` counts the compressible layers from 0.
+        """
+        return None
+
     @property
     def reads_text(self) -> bool:
         """True if a tokenizer is needed."""
@@ -229,6 +241,18 @@ class LayerPolicy(Policy):
     ratio_free: bool = True
     """True if the scores do not depend on the budget, so one scoring serves all ratios."""
 
+    needs_budget: ClassVar[bool] = False
+    """True if it can't decide without a budget although it has no `score_layer` (scores without own sizes imply it)."""
+
+    scopes: ClassVar[tuple[Scope, ...]] = SCOPES
+    """The budget scopes that mean something to it."""
+
+    joint: ClassVar[bool] = False
+    """True if the choice needs the scores of every layer whatever the budget's scope (see `across_layers`)."""
+
+    whole_context: ClassVar[bool] = False
+    """True if it compresses a context once, as a whole: no chunks, no later turns, not while decoding."""
+
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""
 
@@ -242,11 +266,37 @@ class LayerPolicy(Policy):
 
     def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """BoolTensor [B, H, T]: the entries of this layer that stay."""
-        if budget.scope == "model":
-            raise ConfigError(
-                "budget scope 'model' needs the scores of every layer; use keep_top over all of them"
-            )
+        if self.spans_layers(budget):
+            what = f"method {self.name!r}" if self.joint else "budget scope 'model'"
+            raise ConfigError(f"{what} needs the scores of every layer; use keep_layers over all of them")
         return keep_top(self.score_layer(ctx, budget)[:, None], budget)[:, 0]
+
+    # ---- over all layers --------------------------------------------------------------------------------------
+
+    def spans_layers(self, budget: Budget) -> bool:
+        """True if the entries of all layers are chosen together: then `across_layers` decides, not `keep_layer`."""
+        return self.joint or budget.scope == "model"
+
+    def needs_whole_context(self, budget: Budget) -> bool:
+        """True if a context must be read at once, in the first turn, and nothing leaves while decoding."""
+        return self.whole_context or self.spans_layers(budget)
+
+    def across_layers(self, n_layers: int, budget: Budget) -> AcrossLayers:
+        """A fresh choice over the `n_layers` compressible layers of one row; by default the top of all scores."""
+        return TopOfAllLayers(n_layers, replace(budget, scope="model"))
+
+    def keep_layers(self, scores: Tensor, budget: Budget) -> Tensor:
+        """BoolTensor [B, L, H, T]: what stays by the scores [B, L, H, T] of all compressible layers together."""
+        rows = [keep_across(self.across_layers(scores.shape[1], budget), row) for row in scores]
+        return torch.stack(rows)
+
+    def check_scope(self, budget: Budget) -> None:
+        """Raise a `ConfigError` if the budget's scope means nothing to this policy."""
+        if budget.scope not in self.scopes:
+            allowed = " or ".join(self.scopes)
+            raise ConfigError(
+                f"method {self.name!r} shares its budget in its own way; scope must be {allowed}, got {budget.scope}"
+            )
 
 
 class ModelPolicy(Policy):
@@ -278,38 +328,3 @@ class NativePolicy(Policy):
     @abstractmethod
     def press(self, budget: Budget) -> Any:
         """A fresh kvpress press with the budget's ratio set."""
-
-
-def keep_top(scores: Tensor, budget: Budget) -> Tensor:
-    """The best-scored entries under a budget.
-
-    Parameters
-    ----------
-    scores : FloatTensor [B, L, H, T]
-        Higher = keep.
-    budget : Budget
-        Scope "head": the same count in every kv head, by `topk` exactly as kvpress picks it. "layer" / "model":
-        the same total, the count per head free; every head keeps its best entry.
-
-    Returns
-    -------
-    BoolTensor [B, L, H, T]
-    """
-    b, n_layers, h, t = scores.shape
-    n_kept = budget.n_kept(t)
-    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    if budget.scope == "head":
-        return kept.scatter_(-1, scores.topk(n_kept, dim=-1).indices, True)
-    scores = scores.float().clone()
-    best = scores.argmax(dim=-1, keepdim=True)
-    scores.scatter_(-1, best, torch.inf)  # no head is emptied: an empty softmax is undefined
-    if budget.scope == "layer":
-        flat = scores.reshape(b, n_layers, h * t)
-        return (
-            kept.view(b, n_layers, h * t)
-            .scatter_(-1, flat.topk(n_kept * h).indices, True)
-            .view(b, n_layers, h, t)
-        )
-    flat = scores.reshape(b, -1)
-    index = flat.topk(n_kept * h * n_layers).indices
-    return kept.view(b, -1).scatter_(-1, index, True).view(b, n_layers, h, t)
