@@ -17,7 +17,7 @@ from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.predictor import served_of
 from sparsekv.training.checkpoints import list_checkpoints, seal
 from sparsekv.training.fit import run_fit
-from sparsekv.training.fit_config import FitConfig
+from sparsekv.training.fit_config import FitConfig, load_fit_config
 from toy import save_toy_model
 from training.fit_runs import fit_config, rows_of, write_text
 
@@ -153,6 +153,25 @@ def test_end_to_end_is_the_training_room_without_touching_the_model(
     assert again.report == found.report, "a finished run stays what it was"
 
 
+def test_end_to_end_reads_features_too(config: Make) -> None:
+    found = run_fit(config(way="end_to_end", predictor=FEATURED, steps=2, save_every=2))
+    weights = load_file(found.folder / "relevance.safetensors")
+    assert any(".extra." in name for name in weights)
+    assert set(found.report["fitted"]["layers"]) == {"0", "1"}
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "relevance"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_that_come_along(path: Path) -> None:
+    """They are valid, and begin with the command that runs them."""
+    assert path.read_text().startswith(f"# sparsekv relevance fit configs/relevance/{path.name}\n")
+    found = load_fit_config(path)
+    assert found.model == "smollm2"
+    assert found.output_dir == f"output/relevance_{path.stem.removeprefix('smollm2_')}"
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -209,6 +228,12 @@ def test_mistakes_that_only_data_and_model_show(config: Make, text: Path, tmp_pa
     seal(foreign / "checkpoint-3")
     with pytest.raises(ConfigError, match=r"is not of `sparsekv relevance fit`"):
         run_fit(config(output=foreign))
+
+
+def test_several_processes_are_refused(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        run_fit(config())
 
 
 def test_activations_that_are_not_finite_are_told(config: Make, model: Path, tmp_path: Path) -> None:

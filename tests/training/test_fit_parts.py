@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sparsekv.models import load_model
+from sparsekv.relevance.features import GROUPS
 from sparsekv.relevance.predictor import NAME, RelevanceConfig, attach_relevance, relevance_modules
+from sparsekv.training.config_parts import FEATURES
 from sparsekv.training.fit_config import FitConfig
-from sparsekv.training.fit_least_squares import LeastSquares
+from sparsekv.training.fit_least_squares import LeastSquares, Sums
 from sparsekv.training.fit_losses import membership_loss, pair_loss, top_entries
 from sparsekv.training.fit_metrics import agreement, mean_agreement, rank_correlation, ranks
 from sparsekv.training.fit_regression import SampleReader
@@ -91,6 +93,29 @@ def test_least_squares_is_the_minimum_over_all_samples(config: Make, model: Path
     torch.testing.assert_close(
         scores_of(read[0], read[1])[1].T, predicted[: len(inputs[0])], atol=1e-4, rtol=1e-4
     )
+
+
+def test_least_squares_of_features_is_the_minimum_too() -> None:
+    generator = torch.Generator().manual_seed(1)
+    h, e = torch.randn(3, 50, 6, generator=generator), torch.randn(3, 2, 50, 4, generator=generator)
+    y = torch.randn(3, 2, 50, generator=generator)
+    sums = Sums.of(h[0], e[0], y[0])
+    for i in (1, 2):
+        sums.add(Sums.of(h[i], e[i], y[i]))
+    weights, bias, of_features = sums.solve(1e-12)
+    for head in range(2):
+        x = torch.cat([h.reshape(150, 6), torch.ones(150, 1), e[:, head].reshape(150, 4)], dim=1).double()
+        expected = torch.linalg.lstsq(x, y[:, head].reshape(150, 1).double()).solution[:, 0]
+        found = torch.cat([weights[head], bias[head : head + 1], of_features[head]])
+        torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
+    shrunk = sums.solve(100.0)
+    assert shrunk[0].abs().max() < 0.05 and shrunk[2].abs().max() < 0.05
+    # the bias alone goes free: it takes over the mean
+    torch.testing.assert_close(shrunk[1], y.mean((0, 2)).double(), atol=0.02, rtol=0)
+
+
+def test_the_groups_a_config_may_name_are_those_there_are() -> None:
+    assert FEATURES == GROUPS
 
 
 def test_rank_correlation_is_pandas_spearman() -> None:

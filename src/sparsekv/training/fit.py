@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsekv.errors import ConfigError
 from sparsekv.models import load_model
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
@@ -39,8 +41,11 @@ def run_fit(
     Raises
     ------
     ConfigError
-        For a wrong config, data without a usable sample, checkpoints of another run, predictors that do not fit.
+        For a wrong config, data without a usable sample, checkpoints of another run, predictors that do not fit,
+        several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("relevance fit runs in one process; start it without torchrun")
     output = Path(config.output_dir).expanduser()
     checkpoint = latest_checkpoint(config, say) if config.way == "regression" else None
     trained = run_training(config.train_config(), progress=say) if config.way == "end_to_end" else None
