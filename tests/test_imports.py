@@ -1,8 +1,8 @@
 """Imports point one way: every module may use what stands left of it, and nothing goes round in a circle.
 
     errors registry config_files files < selection architecture < policies < relevance < cache
-    < eviction masked plan observers attention probe < models generation < metrics benchmarks < config
-    < training < evaluation < reporting < cli
+    < eviction remembered masked plan observers attention probe < models generation < metrics benchmarks
+    < config < training < evaluation < reporting < cli
 
 Imports inside functions count too: they hide a wrong direction only from the interpreter.
 """
@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("policies",),
     ("relevance",),
     ("cache",),
-    ("eviction", "masked", "plan", "observers", "attention", "probe"),
+    ("eviction", "remembered", "masked", "plan", "observers", "attention", "probe"),
     ("models", "generation"),
     ("metrics", "benchmarks"),
     ("config",),

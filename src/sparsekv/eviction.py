@@ -240,10 +240,15 @@ def evict_layer(
     if decode is None or inputs is None:
         return
     hidden, rotary = inputs
-    if isinstance(decode.policy, LayerPolicy):
+    if isinstance(decode.policy, LayerPolicy) and decode.rounds is None:
         hidden, rotary = remember_inputs(layer, hidden, rotary)
     decode.since[index] = decode.since.get(index, 0) + inputs[0].shape[1]
-    if decode.since[index] < decode.every:
+    due = decode.since[index] >= decode.every
+    if decode.rounds is not None:
+        decode.since[index] %= decode.every
+        decode.rounds.after_layer(cache, module, index, layer, hidden, rotary, due=due)
+        return
+    if not due:
         return
     decode.since[index] = 0
     n_stored = layer.stored().amax(dim=1).tolist()
@@ -265,7 +270,7 @@ def remember_inputs(
     """
     cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
     held = layer.recent_inputs
-    if held is not None and held[0].shape[0] == hidden.shape[0]:
+    if held is not None and len(held) == 3 and held[0].shape[0] == hidden.shape[0]:
         hidden, cos, sin = (
             torch.cat([old, new], dim=1) for old, new in zip(held, (hidden, cos, sin), strict=True)
         )

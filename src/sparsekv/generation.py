@@ -35,6 +35,8 @@ from sparsekv.policies.base import (
 )
 from sparsekv.policies.budget import Budget
 from sparsekv.probe import after_each_layer, run_decoder
+from sparsekv.relevance.atskv import ATSKV
+from sparsekv.remembered import Rounds, reads_text
 from sparsekv.selection import Selection
 
 Phase = Literal["prefill", "decode", "both"]
@@ -135,22 +137,27 @@ def compress(
             )
     cache.decode = None  # an earlier turn's eviction must not run while this one reads
     remember = phase != "prefill" and isinstance(policy, LayerPolicy)
+    rounds: Rounds | None = None
+    if isinstance(policy, ATSKV) and (remember or chunk is not None or cache.seen):
+        rounds = Rounds(policy, budget)
     if phase == "decode":
-        _read(plain, input_ids, cache, None, budget, chunk, remember)
+        _read(plain, input_ids, cache, None, budget, chunk, remember, rounds)
     elif isinstance(policy, NativePolicy):
         raise ConfigError(
             f"method {policy.name!r} changes more than which entries stay, so it runs only by kvpress's own hooks: "
             "use it in `sparsekv eval`, or kvpress's pipeline"
         )
     else:
-        _read(plain, input_ids, cache, policy, budget, chunk, remember)
+        _read(plain, input_ids, cache, policy, budget, chunk, remember, rounds)
     if not remember:
         for _, layer in cache.sparse_layers():
             layer.recent_inputs = None
     needs_ids = policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text
+    if rounds is not None:
+        rounds.every, needs_ids = every, reads_text(plain)
     if phase == "prefill" or not needs_ids:
         cache.ids = None
-    cache.decode = DecodeEviction(policy, budget, every) if phase != "prefill" else None
+    cache.decode = DecodeEviction(policy, budget, every, rounds) if phase != "prefill" else None
     install_steps(cache, policy, budget)
     cache.check_attention()
     return cache
@@ -216,11 +223,12 @@ def _read(
     budget: Budget,
     chunk: int | None,
     remember: bool,
+    rounds: Rounds | None = None,
 ) -> None:
     """Run the model over the tokens that the cache has not seen, evicting after each chunk.
 
     With `remember`, each layer keeps its newest inputs, so that the first evictions while decoding have an
-    observation window.
+    observation window; with `rounds`, these remember what they need, and cut all layers after the last.
     """
     start, total = cache.seen, input_ids.shape[1]
     n_pieces = math.ceil((total - start) / (chunk or total))
@@ -250,6 +258,9 @@ def _read(
 
         def evict(module: nn.Module, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
             layer = require_sparse(cache.layers[index])
+            if rounds is not None:
+                rounds.after_layer(cache, module, index, layer, hidden, rotary, evict=policy is not None)
+                return
             if remember:
                 recent = remember_inputs(layer, hidden, rotary)
                 if hidden.shape[1] < HIDDEN_TOKENS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget
@@ -24,4 +25,5 @@ class DecodeEviction:
     policy: Policy
     budget: Budget
     every: int = 64
+    rounds: Any = None  # `remembered.Rounds`, for policies that remember scores and cut all layers together
     since: dict[int, int] = field(default_factory=dict)  # tokens since the last eviction, per layer

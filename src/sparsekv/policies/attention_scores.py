@@ -47,13 +47,23 @@ def attention_weights(
     -------
     FloatTensor [B, H, G, Q, T], fp32; gradients flow to hidden states and keys.
     """
+    return weights_of_queries(observing_queries(module, hidden_states, position_embeddings), keys, columns)
+
+
+def observing_queries(
+    module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:
+    """FloatTensor [B, Hq, Q, D]: the queries of some tokens, RoPE applied and scaled, for `weights_of_queries`."""
     from kvpress.utils import get_prerope_query_states
 
+    query = _rotate(get_prerope_query_states(module, hidden_states), *position_embeddings)
+    return query * (getattr(module, "scaling", None) or query.shape[-1] ** -0.5)
+
+
+def weights_of_queries(query: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
+    """As `attention_weights`, from scaled queries [B, Hq, Q, D]: those of all kv heads of `keys`, or of one alone."""
     batch, n_kv_heads, total, width = keys.shape
-    n_query = hidden_states.shape[1]
-    scaling = getattr(module, "scaling", None) or width**-0.5
-    query = _rotate(get_prerope_query_states(module, hidden_states), *position_embeddings) * scaling
-    groups = query.shape[1] // n_kv_heads
+    groups, n_query = query.shape[1] // n_kv_heads, query.shape[2]
     folded = query.reshape(batch, n_kv_heads, groups * n_query, width)
     logits = (folded @ keys.transpose(2, 3)).view(batch, n_kv_heads, groups, n_query, total)
     first = int(columns.min()) + 1  # all see what is before

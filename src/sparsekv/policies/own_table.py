@@ -166,6 +166,16 @@ OWN: tuple[OwnMethod, ...] = (
     ),
     OwnMethod(
         MethodInfo(
+            "atskv",
+            route="scores",
+            idea="Keeps what is more relevant than one threshold of the whole model, which follows target and memory.",
+            cost="one small matrix product per layer, one quantile of the whole model",
+            when="With relevance.safetensors; while decoding too, where the model's memory must stay bounded.",
+        ),
+        "sparsekv.relevance.atskv:ATSKV",
+    ),
+    OwnMethod(
+        MethodInfo(
             "dynamic_kv",
             route="scores",
             idea="Layers keep more the more of the last window's attention they get; the total is exact.",

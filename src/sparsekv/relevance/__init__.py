@@ -9,6 +9,11 @@ RELEVANCE_FILE = "relevance.safetensors"
 """Where a folder keeps its predictors."""
 
 _HOME = {
+    "ATSKV": "atskv",
+    "AttentionStatistics": "attention_statistics",
+    "HandcraftedFeatures": "features",
+    "extra_features": "features",
+    "ThresholdController": "threshold",
     "RelevanceConfig": "predictor",
     "RelevancePredictor": "predictor",
     "Served": "predictor",

@@ -10,6 +10,7 @@ where g > 0.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -169,11 +170,13 @@ class RelevancePredictor(nn.Module):
         n_in = hidden_size if self.reads_hidden else 0
         if n_in and self.config.width:
             self.hidden, n_in = nn.Linear(n_in, self.config.width, dtype=torch.float32), self.config.width
-        if n_in:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Initializing zero-element"
+            )  # without hidden states: only a bias
             self.score = nn.Linear(n_in, n_kv_heads, dtype=torch.float32)
+        if n_in:
             nn.init.normal_(self.score.weight, std=0.1 * n_in**-0.5)
-        else:  # only its bias is left; drawing no weights would warn
-            self.score = nn.utils.skip_init(nn.Linear, 0, n_kv_heads, dtype=torch.float32)
         nn.init.constant_(self.score.bias, self.config.bias)
         n_extra = n_features(self.config.features)
         self.extra = FeatureScore(n_extra, n_kv_heads, self.config.width) if n_extra else None

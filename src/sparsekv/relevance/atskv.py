@@ -1,0 +1,150 @@
+"""ATSKV: learned token relevance under one threshold that adapts to the target and to the memory in use.
+
+    r = sigmoid(g)          a predictor's relevance of each token for each kv head
+    keep  iff  r > tau_l    tau_l = beta_l * quantile(all r of the model, q(t)): `relevance.threshold`
+
+A token's relevance can be computed only while it is read. While decoding, between chunks and in later turns it is
+therefore remembered (`sparsekv.remembered`), and all layers are cut together after the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from sparsekv import architecture
+from sparsekv.errors import ConfigError
+from sparsekv.policies.base import LayerContext
+from sparsekv.policies.budget import Budget, Scope
+from sparsekv.policies.choosing import AcrossLayers
+from sparsekv.policies.learned_scores import relevance_of_entries
+from sparsekv.policies.sizes import describe
+from sparsekv.relevance.policy import Relevance
+from sparsekv.relevance.predictor import checked_betas, served_by
+from sparsekv.relevance.threshold import ByQuantile, ThresholdController
+
+_RECENT, _SINK = 1e6, 3e7
+"""Log relevances of entries that always stay: above all others, sinks first, then the newest."""
+
+
+@dataclass(frozen=True)
+class ATSKV(Relevance):
+    """Keep what is more relevant than a threshold shared by the model; heads and layers keep different numbers.
+
+    The budget is the model's, whatever its scope says: "head", the default of budgets, would contradict the method.
+
+    Parameters
+    ----------
+    n_sink, n_recent, threshold
+        As in `relevance`; the threshold decides where neither a budget nor a target is given.
+    target : float in [0, 1), optional
+        Compression ratio to hold where no budget is given.
+    betas : one float > 0 per compressible layer, optional
+        Factors on the threshold, above 1: the layer keeps less. Default: the predictors' own (1 where their file does
+        not say).
+    hysteresis : float in [0, 1)
+        While decoding: see `ThresholdController`.
+    """
+
+    target: float | None = None
+    betas: tuple[float, ...] = ()
+    hysteresis: float = 0.01
+    name = "atskv"
+    scopes: ClassVar[tuple[Scope, ...]] = ("head", "model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "betas", checked_betas(self.betas))  # a YAML list, made hashable
+        if self.target is not None:
+            Budget(compression_ratio=self.target)
+        ThresholdController(Budget(tokens=1), hysteresis=self.hysteresis)
+
+    # ---- scores ---------------------------------------------------------------------------------------------------
+
+    def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """log(r / beta), fp32 [B, H, T]; higher = keep. Entries that always stay are above all others."""
+        n = ctx.keys.shape[2]
+        g = relevance_of_entries(ctx, self.name)
+        return self.ranked(ctx.module, g, torch.arange(n, device=g.device), n)
+
+    def ranked(self, module: nn.Module, g: Tensor, place: Tensor, n_seen: int) -> Tensor:
+        """log(r / beta) of g [..., n], with what always stays on top.
+
+        Parameters
+        ----------
+        module : the layer's attention module
+        place : LongTensor [n]
+            Which of the `n_seen` tokens each entry is, padding not counted.
+        """
+        served = self._over(served_by(module))
+        ranks = logsigmoid(g.float()) - self._log_beta(module, g.device)
+        ranks = torch.where(place >= n_seen - served.n_recent, _RECENT + place.float(), ranks)
+        return torch.where(place < served.n_sink, _SINK - 4 * place.float(), ranks)
+
+    def _log_beta(self, module: nn.Module, device: torch.device) -> Tensor:
+        betas = self.betas or served_by(module).betas
+        if not betas:
+            return torch.zeros((), device=device)
+        layers = architecture.compressible_layers(module.config)
+        if len(betas) != len(layers):
+            raise ConfigError(f"{self.name}: betas are for {len(betas)} layers, the model has {len(layers)}")
+        layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+        return torch.tensor(betas[layers.index(layer_idx)], device=device).log()
+
+    # ---- choices --------------------------------------------------------------------------------------------------
+
+    def own_budget(self, budget: Budget) -> Budget:
+        """The budget that holds, of the whole model: the one given, else the target; neither: the threshold decides."""
+        if not budget.given and self.target is not None:
+            return Budget(compression_ratio=self.target, scope="model")
+        return replace(budget, scope="model")
+
+    def spans_layers(self, budget: Budget) -> bool:
+        """True under a budget or target; the predictors' own threshold needs no other layer."""
+        return self.own_budget(budget).given
+
+    def needs_whole_context(self, budget: Budget) -> bool:
+        """False: scores are remembered."""
+        return False
+
+    def controller(self, budget: Budget) -> ThresholdController:
+        """A fresh controller for scores of `ranked`, in which the betas are already; a budget or target is given."""
+        return ThresholdController(self.own_budget(budget), hysteresis=self.hysteresis)
+
+    def across_layers(self, n_layers: int, budget: Budget) -> AcrossLayers:
+        """One row's choice by the model's quantile; see `AcrossLayers`.
+
+        Raises
+        ------
+        ConfigError
+            If a number of tokens is under what must stay.
+        """
+        self.check_room(self.own_budget(budget))
+        return ByQuantile(n_layers, self.controller(budget))
+
+    def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """BoolTensor [B, H, T] by the threshold alone; every head keeps at least one entry."""
+        if self.spans_layers(budget):
+            return super().keep_layer(ctx, replace(budget, scope="model"))  # raises: it takes all layers
+        return self.above_threshold(ctx.module, self.score_layer(ctx, budget))
+
+    def above_threshold(self, module: nn.Module, ranks: Tensor) -> Tensor:
+        """BoolTensor: which `ranked` scores [..., n] the predictors' own threshold keeps."""
+        threshold = logsigmoid(torch.tensor(self._over(served_by(module)).threshold, device=ranks.device))
+        return (ranks > threshold).scatter(-1, ranks.argmax(-1, keepdim=True), True)
+
+    def check_room(self, budget: Budget) -> None:
+        """Raise a ConfigError if a number of tokens is under sinks and recent entries that were asked for.
+
+        Where they are the predictors' own, a small budget takes sinks first, then the newest.
+        """
+        wanted = (self.n_sink or 0) + (self.n_recent or 0)
+        if budget.tokens is not None and budget.tokens < wanted:
+            raise ConfigError(
+                f"{self.name}: {describe(budget)} is under n_sink={self.n_sink or 0} + n_recent={self.n_recent or 0}; "
+                "raise the budget or lower n_sink or n_recent"
+            )
