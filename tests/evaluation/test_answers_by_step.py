@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sparsekv.cache.steps import step_bytes
 from sparsekv.config import EvalConfig, parse_config
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
+from sparsekv.evaluation.ask import Report
 from sparsekv.evaluation.cells import Setting, settings
 from sparsekv.evaluation.cost import read_alone
 from sparsekv.evaluation.plan import check_combinations
@@ -64,6 +66,12 @@ def test_answers_are_generates_and_say_what_steps_read(answerer: Answerer, toy_t
     n = ids.shape[1] + 5  # the last step's token is stored, and two of three layers read everything
     assert quest.achieved_compression == 0
     assert quest.attended_fraction == pytest.approx((2 + int(n * (1 - 0.8)) / n) / 3)
+
+
+def test_an_asked_question_says_what_a_step_read() -> None:
+    report = Report("rye", "quest at 0.80", 100, 0.0, 900, 900, None, None, 0.1, 3, attended_fraction=0.25)
+    assert report.lines()[0].endswith("achieved compression 0.000 (100.0% kept; a step reads 25.0% of it)")
+    assert replace(report, attended_fraction=1.0).lines()[0].endswith("(100.0% kept)")
 
 
 def test_perplexity_is_scored_step_by_step(answerer: Answerer, toy_tokenizer: Any) -> None:

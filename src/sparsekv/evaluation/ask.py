@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
+from sparsekv.cache.steps import attended_fraction
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.advice import CONFIG, Advice
 from sparsekv.evaluation.answers import Answerer, end_ids
@@ -24,7 +25,10 @@ from sparsekv.policies.budget import Budget
 
 @dataclass(frozen=True)
 class Report:
-    """An answer and its cost. Seconds, bytes, tokens per second; None where it can't be told apart."""
+    """An answer and its cost. Seconds, bytes, tokens per second; None where it can't be told apart.
+
+    `attended_fraction`: stored entries that the last decoding step attended to; 1.0 unless the method's steps choose.
+    """
 
     answer: str
     method: str
@@ -36,6 +40,7 @@ class Report:
     select_s: float | None
     answer_s: float
     new_tokens: int | None
+    attended_fraction: float = 1.0
 
     def lines(self) -> list[str]:
         """The cost in a few lines for people."""
@@ -52,9 +57,10 @@ class Report:
         )
         parts.append(f"answer {self.answer_s:.2f} s{speed}")
         share = self.cache_bytes / self.full_cache_bytes if self.full_cache_bytes else 1.0
+        step = f"; a step reads {self.attended_fraction:.1%} of it" if self.attended_fraction < 1 else ""
         return [
             f"context      {self.context_tokens} tokens, {self.method}: achieved compression "
-            f"{self.achieved_compression:.3f} ({kept:.1%} kept)",
+            f"{self.achieved_compression:.3f} ({kept:.1%} kept{step})",
             f"cache        {self.cache_bytes / 1e6:.2f} MB, {share:.1%} of the full cache's "
             f"{self.full_cache_bytes / 1e6:.2f} MB",
             f"time         {', '.join(parts)}",
@@ -161,5 +167,13 @@ def _answer(answerer: Answerer, setting: Setting, prompt: Prompt) -> Report:
     answer_s = time.perf_counter() - begin
     said = str(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     return Report(
-        said, label, prompt.context_tokens, *sizes, prefill_s, select_s, answer_s, len(answer.token_ids)
+        said,
+        label,
+        prompt.context_tokens,
+        *sizes,
+        prefill_s,
+        select_s,
+        answer_s,
+        len(answer.token_ids),
+        attended_fraction(cache),
     )

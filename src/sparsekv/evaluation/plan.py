@@ -176,8 +176,8 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 )
             whole = policy.needs_whole_context(setting.budget)
             if whole and (setting.chunk is not None or setting.phase != "prefill"):
-                own = policy.joint or policy.whole_context
-                what = name if own else f"{name}: budget_scope {scope}"
+                always = policy.joint or policy.whole_context
+                what = name if always else f"{name}: budget_scope {scope}"
                 raise ConfigError(f"{what} needs the whole context at once: no chunk, phase prefill")
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
