@@ -90,13 +90,12 @@ class Rounds:
         note_layer(cache, module, index, layer, hidden, rotary)
         if not evict:
             return
-        seen = cache.real_seen().tolist()
         if index == cache.compressible[0]:
-            self._due = self._rows_due(cache, seen, due)
+            self._due = self._rows_due(cache, cache.real_seen().tolist(), due)
             self._found = {}
         if not self._due:
             return
-        columns = columns_of(cache, layer)
+        columns, seen = columns_of(cache, layer), cache.real_seen().tolist()
         for row in self._due:
             ranks = _ranks(cache, module, index, layer, row, self.policy, seen[row], columns[row])
             if self.controller is None:

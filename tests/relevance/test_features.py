@@ -287,6 +287,46 @@ def test_all_parts_learn():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_features_train_through_the_plan():
+    """Soft eviction as training runs it, padding on the left: gradients reach every part of every layer's predictor."""
+    from sparsekv import prepare
+    from sparsekv.plan import SelectionPlan
+    from sparsekv.training.relaxation import RelaxedRelevance
+
+    features = ("hidden", "attention", "handcrafted")
+    model = attach_relevance(prepare(tiny_model("llama")), RelevanceConfig(bias=0.0, features=features))
+    tokenizer = toy_tokenizer()
+    ids = torch.tensor([tokenizer(TEXT * 2)["input_ids"]] * 2)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :9] = False
+    policy = RelaxedRelevance(n_sink=1, n_recent=2, noise=0.0)
+    boundary = ids.shape[1] - 6
+
+    def run(tokenizer: Any) -> SelectionPlan:
+        plan = SelectionPlan(
+            policy=policy, boundary=boundary, attention_mask=mask, ids=ids, tokenizer=tokenizer
+        )
+        places = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        logits = model(ids, attention_mask=mask.long(), position_ids=places, selection=plan).logits
+        logits[:, boundary:].square().mean().backward()
+        return plan
+
+    plan = run(tokenizer)
+    found, _ = contexts(tiny_model("llama"), ids[1:, 9:boundary], tokenizer)
+    extra = extra_features(found[0], RelevanceConfig(features=features))
+    predictor = getattr(model.model.layers[0].self_attn, NAME)
+    with torch.no_grad():
+        g = predictor(found[0].hidden_states, extra)[0]
+    weight = torch.sigmoid(g)
+    weight[0], weight[-2:] = 1.0, 1.0
+    assert float(plan.soft_kept[0][1].detach()) == pytest.approx(float(weight.mean()), abs=1e-5)
+    for module in (layer.self_attn for layer in model.model.layers):
+        for name, parameter in getattr(module, NAME).named_parameters():
+            assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+    with pytest.raises(ConfigError, match="handcrafted features, which read the text"):
+        run(None)
+
+
 def test_hidden_alone_is_what_it_was():
     """Same draws, same names, same numbers as before there were other groups."""
     with torch.random.fork_rng():
