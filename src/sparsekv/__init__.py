@@ -23,6 +23,8 @@ _EXPORTS = {
     "build_simple_keep_token_idx": "policies.simple_evict",
     "evict_dynamic_cache_inplace": "cache.inplace",
     "SparseCache": "cache.sparse",
+    "TieredCache": "cache.tiered",
+    "make_cache": "cache.factory",
     "prepare": "attention",
     "compress": "generation",
     "make_policy": "policies",

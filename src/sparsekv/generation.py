@@ -33,7 +33,7 @@ from sparsekv.policies.base import (
     TokenContext,
     TokenPolicy,
 )
-from sparsekv.policies.budget import Budget
+from sparsekv.policies.budget import Budget, as_budget
 from sparsekv.probe import after_each_layer, run_decoder
 from sparsekv.relevance.atskv import ATSKV
 from sparsekv.remembered import Rounds, reads_text
@@ -41,17 +41,6 @@ from sparsekv.selection import Selection
 
 Phase = Literal["prefill", "decode", "both"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "both")
-
-
-def as_budget(budget: Budget | float | int | None) -> Budget:
-    """A Budget from what people write: a ratio in [0, 1) as a float, a number of entries as an int, or None."""
-    if isinstance(budget, Budget):
-        return budget
-    if budget is None:
-        return Budget()
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget != 0:
-        return Budget(tokens=budget)
-    return Budget(compression_ratio=float(budget))
 
 
 @torch.no_grad()
@@ -140,15 +129,14 @@ def compress(
     rounds: Rounds | None = None
     if isinstance(policy, ATSKV) and (remember or chunk is not None or cache.seen):
         rounds = Rounds(policy, budget)
-    if phase == "decode":
-        _read(plain, input_ids, cache, None, budget, chunk, remember, rounds)
-    elif isinstance(policy, NativePolicy):
+    if phase != "decode" and isinstance(policy, NativePolicy):
         raise ConfigError(
             f"method {policy.name!r} changes more than which entries stay, so it runs only by kvpress's own hooks: "
             "use it in `sparsekv eval`, or kvpress's pipeline"
         )
-    else:
-        _read(plain, input_ids, cache, policy, budget, chunk, remember, rounds)
+    deciding = None if phase == "decode" else policy
+    with cache.reading(plain, decides=deciding is not None):
+        _read(plain, input_ids, cache, deciding, budget, chunk, remember, rounds)
     if not remember:
         for _, layer in cache.sparse_layers():
             layer.recent_inputs = None

@@ -79,3 +79,14 @@ class Budget:
         if self.compression_ratio is not None:
             return max(1, int(n * (1 - self.compression_ratio)))
         raise ConfigError("the budget has neither compression_ratio nor tokens")
+
+
+def as_budget(budget: Budget | float | int | None) -> Budget:
+    """A Budget from what people write: a ratio in [0, 1) as a float, a number of entries as an int, or None."""
+    if isinstance(budget, Budget):
+        return budget
+    if budget is None:
+        return Budget()
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget != 0:
+        return Budget(tokens=budget)
+    return Budget(compression_ratio=float(budget))

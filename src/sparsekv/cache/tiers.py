@@ -1,0 +1,124 @@
+"""What the layers of one two-tier cache share: the passive store, the sizes, the padding.
+
+Shape letters: B rows, H kv heads, S = B * H segments, T columns seen, N entries, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache.active import ActiveSize
+from sparsekv.cache.decode import DecodeEviction
+from sparsekv.cache.exchange import Entries
+from sparsekv.cache.passive import PassiveStore
+from sparsekv.errors import ConfigError
+
+_SLACK = 16
+"""A segment over its quota is cut this far below it (less where it is small): one new buffer per so many tokens."""
+
+
+@dataclass
+class Tiers:
+    """Settings and state that the layers of a `TieredCache` have in common.
+
+    Parameters
+    ----------
+    active : ActiveSize
+    store : PassiveStore
+    n_layers : compressible layers
+    recall_tokens : see `TieredCache`
+    page_size : entries per page of the store
+    n_sink, n_recent : residents that never leave for recalled entries
+    real : BoolTensor [B, T], optional
+        False for padding.
+    held : bool
+        While a policy reads a context: the active size isn't enforced, so that the policy chooses among everything.
+    decode : DecodeEviction, optional
+        The policy that evicts while tokens are generated.
+    """
+
+    active: ActiveSize
+    store: PassiveStore
+    n_layers: int
+    recall_tokens: int | None
+    page_size: int
+    n_sink: int
+    n_recent: int
+    real: Tensor | None = None
+    held: bool = False
+    decode: DecodeEviction | None = None
+
+    def real_columns(self, rows: int, seen: int, device: torch.device) -> Tensor | None:
+        """BoolTensor [B, T seen] of the columns that are no padding, or None if there is none."""
+        if self.real is None:
+            return None
+        known = self.real[:, :seen].to(device)
+        return torch.nn.functional.pad(known, (0, seen - known.shape[1]), value=True)
+
+    def leaves_it_to_policy(self, layer: int, n_query: int, seen: int, quota: int) -> bool:
+        """Whether the policy is about to bring a layer within `quota` itself, right after this forward's attention."""
+        if self.held:
+            return True
+        decode = self.decode
+        if decode is None or decode.since.get(layer, 0) + n_query < decode.every:
+            return False
+        return not decode.budget.given or decode.budget.n_kept(seen) <= quota
+
+    def counts(self, layer: int, rows: int, heads: int) -> Tensor:
+        """LongTensor [S]: entries of one layer in the passive tier."""
+        held = self.store.counts(layer)
+        return torch.nn.functional.pad(held, (0, heads - held.shape[1], 0, rows - held.shape[0])).flatten()
+
+    def swap(
+        self, layer: int, rows: int, heads: int, leaving: Entries | None, coming: Entries | None = None
+    ) -> None:
+        """Entries leave for the passive tier, others (read from it before) come back: all, or after an error none.
+
+        Raises
+        ------
+        ConfigError
+            If a key or value is NaN or infinite: no page could bound it, so it would be lost in silence. And whatever
+            keeps the store from being written or read.
+        """
+        put = _request(leaving, rows, heads)
+        if put is not None:
+            counts, columns, keys, values = put
+            if not bool(torch.isfinite(keys).all() & torch.isfinite(values).all()):
+                raise ConfigError(
+                    f"layer {layer} computed keys or values that are NaN or infinite in {keys.dtype}; nothing was "
+                    "moved to the passive tier; load the model in bfloat16 or float32"
+                )
+            self.store.put_layer(layer, counts, columns, keys, values)
+        take = _request(coming, rows, heads)
+        if take is not None:
+            try:
+                self.store.take_layer(layer, take[0], take[1])
+            except BaseException:
+                if put is not None:
+                    self.store.take_layer(layer, put[0], put[1])
+                raise
+
+    def peek(self, layer: int, counts: Tensor, columns: Tensor, device: torch.device) -> Entries | None:
+        """Copies of passive entries: counts [B, H] and their columns [N], by segment; None if there are none."""
+        if not len(columns):
+            return None
+        keys, values = self.store.peek_layer(layer, counts, columns)
+        segment = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
+        return Entries(segment.to(device), columns.to(device), keys.to(device), values.to(device))
+
+
+def _request(entries: Entries | None, rows: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(counts [B, H], columns, keys, values) by segment, as the store wants them; None if there are none."""
+    if entries is None or not len(entries):
+        return None
+    order = entries.segment.argsort(stable=True)
+    counts = torch.bincount(entries.segment, minlength=rows * heads).view(rows, heads)
+    return counts, entries.columns[order], entries.keys[order], entries.values[order]
+
+
+def slack(quota: int) -> int:
+    """How far below its quota a full segment is cut, in entries."""
+    return min(_SLACK, quota // 8)

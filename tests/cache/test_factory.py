@@ -1,0 +1,119 @@
+"""make_cache: every cache by name, in plain generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oracle import stepped_logits
+from sparsekv import make_cache
+from sparsekv.attention import prepare
+from sparsekv.cache.tiered import TieredCache
+from sparsekv.errors import ConfigError
+from sparsekv.generation import compress
+from sparsekv.policies import make_policy
+from toy import tiny_model, toy_tokenizer
+
+T = 80
+
+
+def some_ids(total: int = T) -> torch.Tensor:
+    return torch.randint(3, 250, (1, total), generator=torch.Generator().manual_seed(3))
+
+
+def of(name: str) -> dict:
+    """SnapKV's window must be smaller than what is stored."""
+    return {"window_size": 8} if name == "snapkv" else {}
+
+
+def generated(model, cache, n: int = 20) -> torch.Tensor:
+    return model.generate(some_ids(), past_key_values=cache, max_new_tokens=n, do_sample=False)
+
+
+def test_full_is_the_model_s_own_cache():
+    model = prepare(tiny_model("llama"))
+    cache = make_cache("full", model.config)
+    assert torch.equal(
+        generated(model, cache), model.generate(some_ids(), max_new_tokens=20, do_sample=False)
+    )
+    assert cache.intact and not isinstance(cache, TieredCache)
+
+
+@pytest.mark.parametrize(
+    "name", ["sink_recent", "sliding_window", "knorm", "snapkv", "tova", "anchors", "random"]
+)
+def test_a_method_evicts_after_the_prompt_and_while_tokens_come(name):
+    model = prepare(tiny_model("llama"))
+    cache = make_cache(name, model, 20, every=4, tokenizer=toy_tokenizer(), **of(name))
+    generated(model, cache)
+    assert 20 <= int(cache.stored_counts().min()) <= int(cache.stored_counts().max()) < 24
+    assert cache.seen == T + 19
+
+
+def test_the_factory_s_cache_is_the_one_that_compress_makes():
+    model = prepare(tiny_model("llama"))
+    ids = some_ids(T + 30)
+    made = make_cache("sink_recent", model, 20, every=4, n_sink=2)
+    model(input_ids=ids[:, :T], past_key_values=made)
+    policy = make_policy("sink_recent", n_sink=2)
+    other = compress(model, ids[:, :T], policy, 20, phase="both", every=4)
+    assert torch.equal(made.kept_columns(), other.kept_columns())
+    assert torch.equal(*(stepped_logits(model, cache, ids, None, [1] * 30) for cache in (made, other)))
+
+
+def test_a_quest_cache_reads_a_part_of_what_it_stores():
+    model = prepare(tiny_model("llama"))
+    cache = make_cache("quest", model, 16, page_size=16)
+    generated(model, cache)
+    assert cache.stored_counts().unique().tolist() == [T + 19]
+
+
+@pytest.mark.parametrize("name", ["snapkv", "sink_recent", "anchors"])
+def test_with_a_passive_tier_nothing_is_lost_and_the_policy_decides(name):
+    model = prepare(tiny_model("llama"))
+    options = {"every": 4, "tokenizer": toy_tokenizer(), **of(name)}
+    cache = make_cache(name, model, 20, passive="cpu", recall_tokens=0, **options)
+    lone = make_cache(name, model, 20, **options)
+    assert torch.equal(generated(model, cache), generated(model, lone))
+    assert torch.equal(cache.kept_columns(), lone.kept_columns())
+    total = cache.stored_counts() + cache.passive_counts()
+    assert total.unique().tolist() == [T + 19]
+
+
+def test_two_tiers_without_a_policy(tmp_path):
+    model = prepare(tiny_model("llama"))
+    everything = {"recall_tokens": 1000, "page_size": 8}
+    cache = make_cache("full", model, active=16, passive=f"disk:{tmp_path / 'tier'}", **everything)
+    assert torch.equal(
+        generated(model, cache), model.generate(some_ids(), max_new_tokens=20, do_sample=False)
+    )
+    assert int(cache.stored_counts().max()) <= 16
+    assert make_cache("full", model, 24, passive="cpu").tiers.active.tokens == 24
+    assert make_cache("knorm", model, 0.5, active="1MiB").tiers.active.n_bytes == 2**20
+
+
+def test_a_budget_of_zero_evicts_nothing():
+    model = prepare(tiny_model("llama"))
+    cache = make_cache("knorm", model, 0)
+    generated(model, cache)
+    assert cache.intact
+
+
+def test_what_the_factory_refuses():
+    model = tiny_model("llama")
+    for arguments, options, match in (
+        (("snapvk", model, 20), {}, "did you mean 'snapkv'"),
+        (("knorm", model), {}, "knorm: give a budget"),
+        (("sink_recent", model), {}, "n_recent"),
+        (("kvzip", model, 0.5), {}, "use compress"),
+        (("knorm", model, 20), {"every": 0}, "every must be"),
+        (("knorm", model, 20), {"recall_tokens": 5}, "needs a second tier"),
+        (("knorm", model, 0.5), {"passive": "cpu"}, "give active"),
+        (("knorm", model, 20), {"active": 0}, "active must be"),
+        (("sink_recent", model, 20), {"n_sinks": 4}, "did you mean 'n_sink'"),
+        ((make_policy("knorm"), model, 20), {"n_sink": 4}, "n_sink is for a method's name"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            make_cache(*arguments, **options)
+    with pytest.raises(ConfigError, match=r"evicts while decoding.*prepare"):
+        generated(model, make_cache("knorm", model, 20))
