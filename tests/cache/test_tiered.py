@@ -250,6 +250,23 @@ def test_snapshots_cover_both_tiers():
     assert cache.seen == 0 and cache.tiers.store.n_entries == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_forks_evict_each_for_themselves_and_leave_the_first_alone(family):
+    model = prepare(tiny_model(family))
+    ids = some_ids()
+    cache = compress(model, ids[:, :T], Ends(), 0.5, cache=TieredCache(model, 1000, recall_tokens=ALL))
+    whole = cache.selection()
+    fewer = compress(model, ids[:, :T], Ends(), 0.8).selection()
+    twin = cache.fork([whole, fewer])
+    assert twin.stored_counts()[:, 0].unique().tolist() == [30]
+    assert twin.stored_counts()[:, 1].unique().tolist() == [11]
+    once(twin)
+    once(cache)
+    logits = stepped_logits(model, twin, ids.expand(2, -1), None, [Q] + [1] * N)
+    assert (logits - masked_logits(model, ids, None, None, Q + N)).abs().max() <= TOLERANCE
+    assert cache.seen == T
+
+
 @pytest.mark.parametrize("recall", [None, ALL])
 def test_the_passive_tier_on_disk_answers_as_that_in_memory(tmp_path, recall):
     model = prepare(tiny_model("qwen3"))

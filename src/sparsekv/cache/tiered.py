@@ -22,18 +22,15 @@ from sparsekv import architecture
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
 from sparsekv.cache.fingerprint import weights_fingerprint
-from sparsekv.cache.memory import MemoryStore
-from sparsekv.cache.passive import PassiveStore
 from sparsekv.cache.recall import TieredReader
 from sparsekv.cache.session import check_model, fill, save_session
 from sparsekv.cache.session_files import read_header
 from sparsekv.cache.sparse import ATTENTION, SparseCache
+from sparsekv.cache.tiered_copy import copied
 from sparsekv.cache.tiered_layer import NO_ROTATION, TieredLayer
-from sparsekv.cache.tiers import Tiers
-from sparsekv.errors import ConfigError, unknown
+from sparsekv.cache.tiers import Tiers, open_store
+from sparsekv.errors import ConfigError
 from sparsekv.selection import Selection, StepSelection, stack
-
-DISK = "disk:"
 
 
 class TieredCache(SparseCache):
@@ -92,7 +89,7 @@ class TieredCache(SparseCache):
         self.passive = passive
         self.tiers = Tiers(
             active=size,
-            store=_open_store(passive, page_size, config),
+            store=open_store(passive, page_size),
             n_layers=len(architecture.compressible_layers(config)),
             recall_tokens=recall_tokens,
             page_size=page_size,
@@ -101,11 +98,12 @@ class TieredCache(SparseCache):
         )
         super().__init__(config)
         for index in self.compressible:
-            self.layers[index] = self._tiered_layer(index)
+            self.layers[index] = self.fresh_layer(index)
         if hasattr(architecture.unwrap(model), "named_parameters"):
             self.belong_to(model)
 
-    def _tiered_layer(self, index: int) -> TieredLayer:
+    def fresh_layer(self, index: int) -> TieredLayer:
+        """An empty layer that shares the tiers of this cache."""
         layer = TieredLayer(index, self.tiers)
         layer.recall = TieredReader(self.tiers, index)
         return layer
@@ -266,43 +264,10 @@ class TieredCache(SparseCache):
         if self.batch != 1:
             raise ConfigError(f"fork needs a cache of one row, this one has {self.batch}")
         joint = self._fitting(stack(list(selections)))
-        twin = self._empty_twin()
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, TieredLayer):
-                self._copy_layer(index, layer, twin)
-            else:
-                twin.layers[index] = layer.fork(1)
+        twin = copied(self)
         twin.batch_repeat_interleave(len(selections))
         twin.apply(joint)
         return twin
-
-    def _empty_twin(self) -> TieredCache:
-        tiers = self.tiers
-        twin = TieredCache(
-            self.config,
-            tiers.active.written(),
-            recall_tokens=tiers.recall_tokens,
-            page_size=tiers.page_size,
-            n_sink=tiers.n_sink,
-            n_recent=tiers.n_recent,
-        )
-        twin.fingerprint, twin.tokenizer, twin.seeds = self.fingerprint, self.tokenizer, self.seeds
-        twin.real, twin.ids = self.real, self.ids
-        return twin
-
-    def _copy_layer(self, index: int, layer: TieredLayer, twin: TieredCache) -> None:
-        copy = twin._tiered_layer(index)
-        copy.dtype, copy.device, copy.is_initialized = layer.dtype, layer.device, True
-        copy.n_kv_heads, copy.share = layer.n_kv_heads, layer.share
-        copy.replace_store(layer.store.take_rows(torch.zeros(1, dtype=torch.int64, device=layer.device)))
-        twin.layers[index] = copy
-        parts = [self.tiers.store.columns(index, 0, head) for head in range(layer.n_kv_heads)]
-        counts = torch.tensor([[len(part) for part in parts]])
-        columns = torch.cat(parts)
-        if len(columns):
-            twin.tiers.store.put_layer(
-                index, counts, columns, *self.tiers.store.peek_layer(index, counts, columns)
-            )
 
     def _take(self, rows: Tensor) -> None:
         super()._take(rows)
@@ -365,21 +330,3 @@ class TieredCache(SparseCache):
             cache.close()
             raise
         return cache
-
-
-def _open_store(passive: str, page_size: int, config: Any) -> PassiveStore:
-    if passive == "cpu":
-        return MemoryStore(page_size)
-    if not isinstance(passive, str) or not passive.startswith(DISK) or passive == DISK:
-        raise unknown("passive tier", passive, ("cpu", "disk:<folder>"))
-    from sparsekv.cache.disk import DiskStore
-
-    store = DiskStore(passive.removeprefix(DISK), page_size=page_size)
-    if store.n_entries:
-        n_entries = store.n_entries
-        store.close(commit=False)
-        raise ConfigError(
-            f"passive folder '{store.folder}' holds {n_entries} entries of an earlier cache; give a new cache another "
-            "folder (a saved session is opened by TieredCache.load)"
-        )
-    return store

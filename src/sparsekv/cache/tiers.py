@@ -13,8 +13,11 @@ from torch import Tensor
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
 from sparsekv.cache.exchange import Entries
+from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, unknown
+
+DISK = "disk:"
 
 _SLACK = 16
 """A segment over its quota is cut this far below it (less where it is small): one new buffer per so many tokens."""
@@ -122,3 +125,28 @@ def _request(entries: Entries | None, rows: int, heads: int) -> tuple[Tensor, Te
 def slack(quota: int) -> int:
     """How far below its quota a full segment is cut, in entries."""
     return min(_SLACK, quota // 8)
+
+
+def open_store(passive: str, page_size: int) -> PassiveStore:
+    """An empty store at the place that `passive` names: "cpu" or "disk:<folder>".
+
+    Raises
+    ------
+    ConfigError
+        For another name, or a folder that can't be used or holds entries.
+    """
+    if passive == "cpu":
+        return MemoryStore(page_size)
+    if not isinstance(passive, str) or not passive.startswith(DISK) or passive == DISK:
+        raise unknown("passive tier", passive, ("cpu", "disk:<folder>"))
+    from sparsekv.cache.disk import DiskStore  # files, locks and checksums, only where they are asked for
+
+    store = DiskStore(passive.removeprefix(DISK), page_size=page_size)
+    if store.n_entries:
+        n_entries = store.n_entries
+        store.close(commit=False)
+        raise ConfigError(
+            f"passive folder '{store.folder}' holds {n_entries} entries of an earlier cache; give a new cache another "
+            "folder (a saved session is opened by TieredCache.load)"
+        )
+    return store
