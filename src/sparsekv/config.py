@@ -162,6 +162,7 @@ class EvalConfig(Strict):
     limit : at most this many rows per task, of every benchmark
     max_new_tokens : instead of each task's own limit
     batch_cells : decode the cells of one example as one batch
+    batch_rows : and so many examples of a task side by side, where memory allows; they are written down together
     cost_rows : rows per cell for the separate cost pass; 0 leaves the times null
     cost_tasks : measure them on the first so many tasks only (times hardly depend on the task); None: on all
     cost_new_tokens : tokens each of those rows decodes (no token ends an answer, so that all decode as many)
@@ -192,6 +193,7 @@ class EvalConfig(Strict):
     limit: StrictInt | None = Field(default=None, ge=1)
     max_new_tokens: StrictInt | None = Field(default=None, ge=1)
     batch_cells: StrictBool = True
+    batch_rows: StrictInt = Field(default=4, ge=1)
     cost_rows: StrictInt = Field(default=0, ge=0)
     cost_tasks: StrictInt | None = Field(default=None, ge=1)
     cost_new_tokens: StrictInt = Field(default=16, ge=2)

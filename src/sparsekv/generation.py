@@ -9,7 +9,7 @@ Shape letters: B rows, T tokens of the context, Q of the question.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from sparsekv import architecture
 from sparsekv.attention import prepare
+from sparsekv.cache.join import join
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
 from sparsekv.cache.steps import install_steps
@@ -307,51 +308,89 @@ class Answer:
     finish_reason: Literal["eos", "length"]
 
 
-@torch.no_grad()
-def greedy_decode(
-    model: Any, cache: SparseCache, question_ids: Tensor, max_new_tokens: int, eos_ids: Collection[int]
-) -> list[Answer]:
-    """Greedy answers to a question from every row of a cache at once; the cache is used up.
+@dataclass(frozen=True)
+class Asked:
+    """A question to every row of a cache.
 
     Parameters
     ----------
+    cache : SparseCache of B rows; it is used up
     question_ids : LongTensor [1 or B, Q]
         Tokens after the context, the same number for all rows.
     max_new_tokens : int >= 1
+    """
+
+    cache: SparseCache
+    question_ids: Tensor
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.question_ids.shape[1] == 0:
+            raise ConfigError("greedy decoding needs at least one question token and max_new_tokens >= 1")
+
+
+def greedy_decode(
+    model: Any, cache: SparseCache, question_ids: Tensor, max_new_tokens: int, eos_ids: Collection[int]
+) -> list[Answer]:
+    """Greedy answers to a question from every row of a cache at once; the cache is used up. See `decode_together`."""
+    return decode_together(model, [Asked(cache, question_ids, max_new_tokens)], eos_ids)[0]
+
+
+STILL_GOING = 0.75
+"""Rows that have ended are taken out of the batch once no more than this share goes on: each time copies the cache."""
+
+
+@torch.no_grad()
+def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]) -> list[list[Answer]]:
+    """Greedy answers to several questions; the rows of all caches decode as one batch.
+
+    Parameters
+    ----------
+    asked : at least one; several need caches that can be joined (`cache.join.can_join`)
     eos_ids : token ids that end an answer
+
+    Returns
+    -------
+    For each question an Answer per row of its cache.
 
     Notes
     -----
     The stop rule is that of kvpress's pipeline, so that answers compare token for token: an end token stops the
-    generation from the second new token on. Finished rows leave the batch.
+    generation from the second new token on.
     """
-    rows = cache.batch
-    ids = question_ids.expand(rows, -1)
-    if max_new_tokens < 1 or ids.shape[1] == 0:
-        raise ConfigError("greedy decoding needs at least one question token and max_new_tokens >= 1")
-    real = cache.real
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    reasons: list[Literal["eos", "length"]] = ["length"] * rows
-    active = torch.arange(rows)
+    first = [_next_tokens(model, one.cache, one.question_ids.expand(one.cache.batch, -1)) for one in asked]
+    cache = asked[0].cache if len(asked) == 1 else join([one.cache for one in asked])
+    ids = torch.cat(first)
+    rooms = [one.max_new_tokens for one, tokens in zip(asked, first, strict=True) for _ in tokens]
+    answers: list[list[int]] = [[] for _ in rooms]
+    ended: list[bool] = [False] * len(rooms)
+    reasons: list[Literal["eos", "length"]] = ["length"] * len(rooms)
+    batch = list(range(len(rooms)))  # the answer that each row of the batch belongs to
     stop = set(eos_ids)
-    for step in range(max_new_tokens):
-        arguments: dict[str, Any] = {}
-        if real is not None:
-            total = cache.seen + ids.shape[1]
-            mask = nn.functional.pad(real[active], (0, total - real.shape[1]), value=True).long()
-            arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]}
-        logits = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
-        ).logits
-        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
-        going = torch.ones(len(active), dtype=torch.bool)
-        for place, (row, token) in enumerate(zip(active.tolist(), ids[:, 0].tolist(), strict=True)):
+    while True:
+        for row, token in zip(batch, ids[:, 0].tolist(), strict=True):
+            if ended[row]:
+                continue
             answers[row].append(token)
-            if step > 0 and token in stop:
-                reasons[row], going[place] = "eos", False
-        if not bool(going.any()) or step == max_new_tokens - 1:
+            if len(answers[row]) > 1 and token in stop:
+                reasons[row] = "eos"
+            ended[row] = reasons[row] == "eos" or len(answers[row]) == rooms[row]
+        going = torch.tensor([not ended[row] for row in batch])
+        if not bool(going.any()):
             break
-        if not bool(going.all()):
+        if int(going.sum()) <= STILL_GOING * len(batch):
             cache.batch_select_indices(going.nonzero().flatten())
-            active, ids = active[going], ids[going.to(ids.device)]
-    return [Answer(tokens, reason) for tokens, reason in zip(answers, reasons, strict=True)]
+            batch, ids = [row for row in batch if not ended[row]], ids[going.to(ids.device)]
+        ids = _next_tokens(model, cache, ids)
+    found = iter([Answer(tokens, reason) for tokens, reason in zip(answers, reasons, strict=True)])
+    return [[next(found) for _ in tokens] for tokens in first]
+
+
+def _next_tokens(model: Any, cache: SparseCache, ids: Tensor) -> Tensor:
+    """Feed ids [B, Q] and return each row's most likely next one, LongTensor [B, 1]."""
+    arguments: dict[str, Any] = {}
+    if cache.real is not None:
+        mask = nn.functional.pad(cache.real_columns(), (0, ids.shape[1]), value=True).long().to(ids.device)
+        arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]}
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments).logits
+    return logits[:, -1].argmax(dim=-1, keepdim=True)

@@ -14,7 +14,7 @@ from sparsekv.config import EvalConfig, parse_config
 from sparsekv.evaluation.answers import Answerer, example_seed, pack
 from sparsekv.evaluation.cells import Setting, settings
 from sparsekv.evaluation.prompts import Prompt, assemble
-from sparsekv.generation import compress
+from sparsekv.generation import compress, decode_together
 from sparsekv.selection import Selection, SelectionTrace
 
 TEXT = "In the year {} the miller of Thornfield sold {} sacks of rye to the innkeeper. "
@@ -71,6 +71,37 @@ def test_every_method_answers_as_it_does_alone(answerer: Answerer, prompt: Promp
     answerer.batch_cells = False
     assert answerer.answer(prompt, found) == alone
     assert len({r.prediction for r in together}) > len(METHODS)  # the answers do depend on what was evicted
+
+
+def test_prompts_side_by_side_are_answered_as_each_alone(
+    answerer: Answerer, prompt: Prompt, toy_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(n_lines: int, question: str) -> Prompt:
+        context = "".join(TEXT.format(1600 + i, 7 * i) for i in range(n_lines))
+        made = Example("e/1", "b", "t", context, question, " He", ("rye",), 5, "string_match_all", None)
+        return assemble(made, toy_tokenizer)
+
+    scored = assemble(example(PERPLEXITY, (TEXT.format(1705, 15),)), toy_tokenizer)
+    asked = [
+        (prompt, chosen()),
+        (other(3, "To whom was it sold?"), chosen()),
+        (scored, chosen(methods=["full", "knorm"])),
+        (other(7, "When?"), chosen(methods=["snapkv", "streaming_llm"], phase="both")),
+        (other(6, "What happened in the year 1602?"), chosen(methods=["sink_recent", "adakv_snapkv"])),
+    ]
+    alone = [answerer.answer(one, found) for one, found in asked]
+    sizes: list[int] = []
+    decode = decode_together
+
+    def counted(model: Any, questions: Any, eos_ids: Any) -> Any:
+        sizes.append(len(questions))
+        return decode(model, questions, eos_ids)
+
+    monkeypatch.setattr("sparsekv.evaluation.answers.decode_together", counted)
+    assert answerer.answer_many(asked) == alone
+    assert max(sizes) > 1
+    answerer.batch_cells = False
+    assert answerer.answer_many(asked) == alone
 
 
 def test_batches_are_bounded_by_memory(

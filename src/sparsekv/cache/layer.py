@@ -7,7 +7,7 @@ How entries lie in memory is `Segments`' business. This module knows nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -224,6 +224,15 @@ class SparseLayer(CacheLayerMixin):
         twin.n_kv_heads = self.n_kv_heads
         first = torch.zeros(kept.shape[0], dtype=torch.int64, device=kept.device)
         twin._store = self.store.keep(kept, first, rotation)
+        return twin
+
+    @classmethod
+    def joined(cls, layers: Sequence[SparseLayer], seen: int) -> SparseLayer:
+        """The rows of all `layers` as one, as if each had seen `seen` columns, the first of them padding. Copies."""
+        twin, first = cls(), layers[0]
+        twin.dtype, twin.device, twin.is_initialized = first.dtype, first.device, True
+        twin.n_kv_heads = first.n_kv_heads
+        twin._store = Segments.joined([layer.store for layer in layers], seen)
         return twin
 
     # ---- rows, snapshots, cropping ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ This module knows nothing of caches, attention, policies or models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -239,6 +239,29 @@ class Segments:
         out = base.clone()
         out[moved] = rotation.rotate(base[moved], delta[moved])
         return out, moved, base[moved]
+
+    @staticmethod
+    def joined(parts: Sequence[Segments], seen: int) -> Segments:
+        """The rows of all parts; each part's newest column becomes `seen` - 1, and all entries are prefix."""
+        keys, values, columns = [], [], []
+        for part in parts:
+            if part.moved is not None:
+                raise ConfigError("re-rotated keys can't be joined with others")
+            _, column, slot = part._live()
+            keys.append(part.keys.index_select(0, slot))
+            values.append(part.values.index_select(0, slot))
+            columns.append((column + seen - part.seen).to(torch.int32))
+        return Segments(
+            keys=torch.cat(keys),
+            values=torch.cat(values),
+            columns=torch.cat(columns),
+            counts=tuple(count + part.tail for part in parts for count in part.counts),
+            tail=0,
+            room=0,
+            seen=seen,
+            batch=sum(part.batch for part in parts),
+            n_kv_heads=parts[0].n_kv_heads,
+        )
 
     # ---- rows ---------------------------------------------------------------------------------------------------
 

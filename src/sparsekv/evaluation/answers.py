@@ -1,4 +1,4 @@
-"""Answers of many methods to one prompt: one prefill, compacted copies, one batch.
+"""Answers of many methods to some prompts: one prefill per prompt, compacted copies, one batch for all.
 
 What can't share the prefill (methods that change it, chunked reading, eviction while decoding) or the batch (methods
 that choose at every step what to read, which holds for all rows of a cache) gets its own.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparsekv.cache.join import can_join
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.steps import attended_fraction, step_bytes
@@ -22,7 +23,7 @@ from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.perplexity import continuation_perplexity
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.reply import Reply
-from sparsekv.generation import compress, greedy_decode
+from sparsekv.generation import Asked, compress, decode_together
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.probe import Prefilled, Request, prefill
 from sparsekv.selection import SelectionTrace
@@ -78,14 +79,32 @@ class Answerer:
 
     def answer(self, prompt: Prompt, settings: Sequence[Setting]) -> list[Reply]:
         """One reply per setting, in order."""
-        replies: dict[int, Reply] = {}
-        shared = [i for i, setting in enumerate(settings) if self.shares_prefill(setting)]
-        if shared:
-            replies |= self._answer_shared(prompt, {i: settings[i] for i in shared})
-        for index, setting in enumerate(settings):
-            if index not in replies:
-                replies[index] = self._answer_alone(prompt, setting)
-        return [replies[index] for index in range(len(settings))]
+        return self.answer_many([(prompt, settings)])[0]
+
+    def answer_many(self, asked: Sequence[tuple[Prompt, Sequence[Setting]]]) -> list[list[Reply]]:
+        """Replies to several prompts, one per setting of each; what shares a prefill decodes side by side."""
+        replies: list[dict[int, Reply]] = [{} for _ in asked]
+        waiting: list[_Batch] = []
+        for place, (prompt, settings) in enumerate(asked):
+            shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
+            for batch in self._forks(place, prompt, shared) if shared else ():
+                alone = prompt.is_scored_text or not self.batch_cells or not can_join(batch.cache)
+                if alone or sum(b.n_bytes for b in [*waiting, batch]) > BATCH_BYTES:
+                    self._respond_to(waiting, replies)
+                    waiting = []
+                waiting.append(batch)
+                if alone:
+                    self._respond_to(waiting, replies)
+                    waiting = []
+        self._respond_to(waiting, replies)
+        for (prompt, settings), found in zip(asked, replies, strict=True):
+            for index, setting in enumerate(settings):
+                if index not in found:
+                    found[index] = self._answer_alone(prompt, setting)
+        return [
+            [found[i] for i in range(len(settings))]
+            for (_, settings), found in zip(asked, replies, strict=True)
+        ]
 
     def traces(self, prompt: Prompt, settings: Sequence[Setting]) -> Iterator[tuple[Setting, SelectionTrace]]:
         """What each setting keeps once the context was read and, where it evicts while decoding, after its answer.
@@ -106,7 +125,7 @@ class Answerer:
         read = trace_of(cache)
         if setting.phase == "prefill":
             return read
-        self._respond(prompt, cache)
+        self._respond([(prompt, cache)])
         answered = trace_of(cache)
         return SelectionTrace(
             steps=read.steps + answered.steps, kept=read.kept + answered.kept, length=answered.length
@@ -140,7 +159,8 @@ class Answerer:
                 message if setting.method in message else f"method '{setting.method}': {message}"
             ) from None
 
-    def _answer_shared(self, prompt: Prompt, settings: dict[int, Setting]) -> dict[int, Reply]:
+    def _forks(self, place: int, prompt: Prompt, settings: dict[int, Setting]) -> Iterator[_Batch]:
+        """The caches of the settings of one prompt, which share its prefill: as few as memory allows."""
         read = self.read(prompt, settings)
         sizes: dict[int, tuple[float, int, int]] = {}
         for index in settings:
@@ -148,14 +168,18 @@ class Answerer:
         # Neighbours with equal counts share one attention call, so rows are sorted by how much they keep.
         order = sorted(settings, key=lambda index: sizes[index][1])
         batches = pack(order, sizes) if self.batch_cells else [[index] for index in order]
-        replies: dict[int, Reply] = {}
         for batch in batches:
             cache = read.cache.fork([read.selections[index] for index in batch])
             if batch is batches[-1]:
                 read.cache.reset()
-            for index, (text, reason, perplexity) in zip(batch, self._respond(prompt, cache), strict=True):
-                replies[index] = Reply(text, reason, *sizes[index], perplexity=perplexity)
-        return replies
+            yield _Batch(place, prompt, cache, {index: sizes[index] for index in batch})
+
+    def _respond_to(self, batches: Sequence[_Batch], replies: Sequence[dict[int, Reply]]) -> None:
+        """Decode batches side by side and put down each setting's reply under its prompt's place."""
+        answers = self._respond([(batch.prompt, batch.cache) for batch in batches]) if batches else []
+        for batch, rows in zip(batches, answers, strict=True):
+            for (index, sizes), (text, reason, perplexity) in zip(batch.sizes.items(), rows, strict=True):
+                replies[batch.place][index] = Reply(text, reason, *sizes, perplexity=perplexity)
 
     def _answer_alone(self, prompt: Prompt, setting: Setting) -> Reply:
         policy = self.policy(setting)
@@ -170,7 +194,7 @@ class Answerer:
             )
         cache = self.compress(prompt, setting)
         sizes = self._sizes(cache)
-        ((text, reason, perplexity),) = self._respond(prompt, cache)
+        (((text, reason, perplexity),),) = self._respond([(prompt, cache)])
         if setting.phase != "prefill":
             sizes = self._sizes(cache)
         achieved, n_bytes, full_bytes = sizes
@@ -188,16 +212,46 @@ class Answerer:
     def _sizes(cache: SparseCache) -> tuple[float, int, int]:
         return cache.achieved_compression[0], cache.nbytes, cache.full_nbytes
 
-    def _respond(self, prompt: Prompt, cache: SparseCache) -> list[tuple[str, str, float | None]]:
-        """(prediction, finish reason, perplexity) of every row of a cache, which is used up."""
-        ids = prompt.question_ids.to(self.model.device)
-        if prompt.is_scored_text:
-            return [("", "scored", value) for value in continuation_perplexity(self.model, cache, ids)]
-        answers = greedy_decode(self.model, cache, ids, prompt.max_new_tokens, end_ids(self.model))
+    def _respond(
+        self, asked: Sequence[tuple[Prompt, SparseCache]]
+    ) -> list[list[tuple[str, str, float | None]]]:
+        """(prediction, finish reason, perplexity) of every row of each cache; the caches are used up."""
+        device = self.model.device
+        if any(prompt.is_scored_text for prompt, _ in asked):
+            return [
+                [("", "scored", value) for value in continuation_perplexity(self.model, cache, ids)]
+                for cache, ids in ((cache, prompt.question_ids.to(device)) for prompt, cache in asked)
+            ]
+        questions = [Asked(cache, p.question_ids.to(device), p.max_new_tokens) for p, cache in asked]
         return [
-            (str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)), a.finish_reason, None)
-            for a in answers
+            [
+                (str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)), a.finish_reason, None)
+                for a in rows
+            ]
+            for rows in decode_together(self.model, questions, end_ids(self.model))
         ]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Settings of one prompt that are to decode as one batch.
+
+    Parameters
+    ----------
+    place : of the prompt among those that are asked
+    cache : a row per setting
+    sizes : setting's index -> (achieved compression, bytes, bytes of the full cache), in the rows' order
+    """
+
+    place: int
+    prompt: Prompt
+    cache: SparseCache
+    sizes: dict[int, tuple[float, int, int]]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all rows."""
+        return sum(n_bytes for _, n_bytes, _ in self.sizes.values())
 
 
 def pack(order: Sequence[int], sizes: Mapping[int, tuple[float, int, int]]) -> list[list[int]]:

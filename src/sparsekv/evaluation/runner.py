@@ -1,6 +1,6 @@
 """The evaluation: a plan's cells, answered, written down row by row, and summed up.
 
-An example is the unit of work: its answers in all cells are computed together and written together, so a run
+Some examples are the unit of work: their answers in all cells are computed together and written together, so a run
 that is stopped at any moment goes on where it was.
 """
 
@@ -212,14 +212,17 @@ class _Run:
         self.progress.start("answers", self.plan.n_rows, n_done)
         for task, cells, prompts in planned:
             self.progress.task(str(task))
-            for prompt in prompts:
-                todo = [cell for cell in cells if (ids[cell], prompt.example.example_id) not in done]
-                if not todo:
-                    continue
-                replies = self.answerer.answer(prompt, [cell.setting for cell in todo])
+            missing = ((p, [c for c in cells if (ids[c], p.example.example_id) not in done]) for p in prompts)
+            left = [(prompt, todo) for prompt, todo in missing if todo]
+            for start in range(0, len(left), self.config.batch_rows):
+                asked = left[start : start + self.config.batch_rows]
+                replies = self.answerer.answer_many(
+                    [(p, [cell.setting for cell in todo]) for p, todo in asked]
+                )
                 rows = [
                     prediction_row(ids[cell], prompt, reply, self.commit)
-                    for cell, reply in zip(todo, replies, strict=True)
+                    for (prompt, todo), found in zip(asked, replies, strict=True)
+                    for cell, reply in zip(todo, found, strict=True)
                 ]
                 self.folder.predictions.append(rows)
                 self.predictions += rows
