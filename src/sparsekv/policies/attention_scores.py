@@ -198,3 +198,14 @@ class H2O(LayerPolicy):
         return observed_attention(
             ctx.module, ctx.hidden_states, ctx.keys, ctx.position_embeddings, block_size=self.block_size
         )
+
+    def scores_with_gradient(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """As `score_layer`; gradients flow to keys, hidden states and the query projection."""
+        return observed_attention(
+            ctx.module,
+            ctx.hidden_states,
+            ctx.keys,
+            ctx.position_embeddings,
+            block_size=self.block_size,
+            differentiable=True,
+        )

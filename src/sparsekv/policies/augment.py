@@ -12,6 +12,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import LayerPolicy, Policy, Route, TokenPolicy
 from sparsekv.policies.picks import row_generator
+from sparsekv.policies.soft_scores import SoftScores, as_soft
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,23 @@ class EvictionAug(Policy):
         Method names (see `make_policy`), policies, or presses. Each must choose entries before the forward or inside a
         layer, as a training step needs; their ratio is the step's, so a press with one of its own is an error.
     seed : int
+    soft_scores : bool
+        Methods that pick by scores of their own fade entries by them instead (`SoftScores`), so that the model learns
+        to score what it needs; the others evict as ever.
+    temperature : float > 0
+        Of the soft scores, in standard deviations.
 
     Raises
     ------
     ConfigError
-        If the list is empty or holds a method that can't be used in a training step.
+        If the list is empty or holds a method that can't be used in a training step; if `soft_scores` and none of
+        them has scores with a gradient.
     """
 
     policies: tuple[Policy, ...] = ("snapkv", "h2o", "knorm", "tova")  # type: ignore[assignment]
     seed: int = 0
+    soft_scores: bool = False
+    temperature: float = 1.0
     name = "eviction_aug"
     route: ClassVar[Route] = "scores"
 
@@ -40,7 +49,15 @@ class EvictionAug(Policy):
         given: Any = self.policies
         if isinstance(given, (str, Policy)) or not isinstance(given, Sequence) or not given:
             raise ConfigError(f"{self.name}: policies must be a list of at least one method, got {given!r}")
-        object.__setattr__(self, "policies", tuple(_as_policy(one) for one in given))
+        policies: tuple[Policy, ...] = tuple(_as_policy(one) for one in given)
+        if self.soft_scores:
+            policies = tuple(as_soft(one, self.temperature) for one in policies)
+            if not any(isinstance(one, SoftScores) for one in policies):
+                names = ", ".join(one.name for one in policies)
+                raise ConfigError(
+                    f"{self.name}: soft_scores=True, but none of {names} has scores with a gradient"
+                )
+        object.__setattr__(self, "policies", policies)
 
     @property
     def reads_text(self) -> bool:

@@ -155,14 +155,18 @@ class PressScores(_InLayer):
         ConfigError
             Where kvpress refuses the input, e.g. a context shorter than the observation window.
         """
-        n = ctx.keys.shape[2]
+        with torch.no_grad():
+            return self.scores_with_gradient(ctx, budget)
+
+    def scores_with_gradient(self, ctx: LayerContext, budget: Budget) -> Tensor:
+        """As `score_layer`; gradients flow to whatever the press computes its scores from."""
         if self.ratio_free and not budget.given:
             ratio = 0.0
         else:
-            ratio = decided_ratio(self.template, self.name, budget, n)
+            ratio = decided_ratio(self.template, self.name, budget, ctx.keys.shape[2])
         press = self._ready(ctx.module, ratio)
         scores = []
-        with torch.no_grad(), readable_by_presses(ctx.module):
+        with readable_by_presses(ctx.module):
             for row in _rows(ctx):
                 with drawing(press, self.seed + ctx.layer_idx, row.keys.device):
                     scores.append(_score(press, row, self.name))

@@ -66,9 +66,9 @@ class SoftThreshold(LayerPolicy):
     ratio_free = False
 
     def __post_init__(self) -> None:
-        if not _is_finite(self.temperature) or self.temperature <= 0:
+        if not is_finite(self.temperature) or self.temperature <= 0:
             raise ConfigError(f"{self.name}: temperature must be a number over 0, got {self.temperature!r}")
-        if self.threshold is not None and not _is_finite(self.threshold):
+        if self.threshold is not None and not is_finite(self.threshold):
             raise ConfigError(f"{self.name}: threshold must be a finite number, got {self.threshold!r}")
         if self.on not in ON:
             raise unknown(f"on of {self.name}", self.on, ON)
@@ -172,5 +172,6 @@ def threshold_for(scores: Tensor, n_kept: float, temperature: float) -> Tensor:
     return (low + high) / 2
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """True for a finite number that is no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -246,6 +246,8 @@ class EvictionAugPress(PolicyPress):
         See `PolicyPress`; the ratio is 0 by default.
     seed : int
         With the number of contexts read so far it fixes the draw.
+    soft_scores, temperature
+        See `EvictionAug`: for training; a press that compresses a context decides hard.
     """
 
     def __init__(
@@ -257,15 +259,20 @@ class EvictionAugPress(PolicyPress):
         scope: Scope = "head",
         tokenizer: Any = None,
         seed: int = 0,
+        soft_scores: bool = False,
+        temperature: float = 1.0,
         **more: Any,
     ) -> None:
         given = one_spelling("EvictionAugPress", {"compression_ratio": compression_ratio, **more})
         ratio = given.pop("compression_ratio", 0.0 if tokens is None else None)
         for key in given:
             raise unknown(
-                "argument of EvictionAugPress", key, ["presses", "compression_ratio", "tokens", "seed"]
+                "argument of EvictionAugPress",
+                key,
+                ["presses", "compression_ratio", "tokens", "seed", "soft_scores", "temperature"],
             )
-        policy = EvictionAug(seed=seed) if presses is None else EvictionAug(presses, seed)  # type: ignore[arg-type]
+        chosen: Any = EvictionAug.policies if presses is None else presses
+        policy = EvictionAug(chosen, seed, soft_scores, temperature)
         super().__init__(policy, ratio, tokens=tokens, scope=scope, tokenizer=tokenizer)
         self.drawn: Policy | None = None
         self._n_contexts = 0

@@ -25,6 +25,7 @@ from sparsekv.plan import Observer, SelectionPlan
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget, Scope
 from sparsekv.policies.soft import SoftThreshold
+from sparsekv.policies.soft_scores import SoftScores
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
@@ -60,7 +61,7 @@ from sparsekv.training.setup import moves_without_adapters, policy_of, sparsity_
 from sparsekv.training.student import student_output, teacher_output
 
 SOFTEST_TO_HARDEST = 0.1
-"""A SoftThresholdPress starts at its own temperature, which falls linearly to this fraction of it."""
+"""Soft policies of a press start at their own temperature, which falls linearly to this fraction of it."""
 
 
 class SparseKVTrainer(ResumableTrainer):
@@ -72,7 +73,7 @@ class SparseKVTrainer(ResumableTrainer):
     args : TrainingArguments
     press : one of `sparsekv`'s presses or kvpress's, optional
         What drops entries; its compression_ratio is the default curriculum. Without one, relevance predictors do.
-        The temperature of a SoftThresholdPress falls to a tenth of it over the run.
+        The temperature of a SoftThresholdPress, or of soft scores, falls to a tenth of it over the run.
     curriculum : Curriculum, optional
         The ratio at every step.
     objective : Objective, optional
@@ -330,7 +331,7 @@ class SparseKVTrainer(ResumableTrainer):
             raise ConfigError("nothing drops entries")
         draw = getattr(policy, "draw", None)
         drawn: Policy = draw(seed) if callable(draw) else policy
-        if isinstance(drawn, SoftThreshold):
+        if isinstance(drawn, (SoftThreshold, SoftScores)):
             share = 1 - (1 - SOFTEST_TO_HARDEST) * min(max(progress, 0.0), 1.0)
             return replace(drawn, temperature=drawn.temperature * share)
         return drawn
