@@ -23,7 +23,7 @@ def attend_stored(
     heads = layer.n_kv_heads
     folded = query.reshape(batch * heads, (n_heads // heads) * n_query, width)
     seen_tail = tail_mask(layer, attention_mask, n_query, query.device)
-    output = torch.empty_like(folded)
+    outputs = []
     for group in layer.groups():
         mask = None
         if seen_tail is not None:
@@ -32,9 +32,13 @@ def attend_stored(
                 mask = mask.repeat_interleave(heads, dim=0)[group.start : group.stop]
             mask = nn.functional.pad(mask, (group.n_prefix, 0), value=True)
             mask = mask.repeat(1, n_heads // heads, 1)[None]
-        output[group.start : group.stop] = nn.functional.scaled_dot_product_attention(
-            folded[None, group.start : group.stop], group.keys[None], group.values[None], mask, scale=scaling
-        )[0]
+        queries = folded[None, group.start : group.stop]
+        outputs.append(
+            nn.functional.scaled_dot_product_attention(
+                queries, group.keys[None], group.values[None], mask, scale=scaling
+            )[0]
+        )
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
 
 

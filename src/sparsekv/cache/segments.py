@@ -107,8 +107,7 @@ class Segments:
         offset = 0
         for first, last, count in _runs(self.counts):
             n, size, used = last - first, count + self.room, count + self.tail
-            keys = _segments(self.keys, offset, n, size)[:, :used]
-            values = _segments(self.values, offset, n, size)[:, :used]
+            keys, values = (_segments(x, offset, n, size, used) for x in (self.keys, self.values))
             yield Group(first, last, count, keys, values)
             offset += n * size
 
@@ -124,7 +123,7 @@ class Segments:
             raise ConfigError("the kv heads of this row of the cache store different numbers of entries")
         size, used = counts[0] + self.room, counts[0] + self.tail
         offset = sum(self.counts[:first]) + first * self.room
-        keys, values = (_segments(x, offset, heads, size)[:, :used] for x in (self.keys, self.values))
+        keys, values = (_segments(x, offset, heads, size, used) for x in (self.keys, self.values))
         return keys, values
 
     def columns_of_segments(self) -> list[Tensor]:
@@ -145,6 +144,11 @@ class Segments:
         new_keys, new_values = key_states.flatten(0, 1), value_states.flatten(0, 1)
         self.tail += n_new
         self.seen += n_new
+        if n_new == 1 and len(_runs(self.counts)) > 1:  # one write instead of one per group
+            slots = _tails(self.counts, self.room, self.keys.device) + (self.tail - 1)
+            self.keys.index_copy_(0, slots, new_keys[:, 0])
+            self.values.index_copy_(0, slots, new_values[:, 0])
+            return
         for group in self.groups():
             group.keys[:, -n_new:] = new_keys[group.start : group.stop]
             group.values[:, -n_new:] = new_values[group.start : group.stop]
@@ -247,7 +251,7 @@ class Segments:
         for part in parts:
             if part.moved is not None:
                 raise ConfigError("re-rotated keys can't be joined with others")
-            _, column, slot = part._live()
+            _, column, slot = part.live()
             keys.append(part.keys.index_select(0, slot))
             values.append(part.values.index_select(0, slot))
             columns.append((column + seen - part.seen).to(torch.int32))
@@ -301,9 +305,17 @@ def _runs(counts: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     return tuple((a, b, counts[a]) for a, b in zip(starts, [*starts[1:], len(counts)], strict=True))
 
 
-def _segments(flat: Tensor, offset: int, n: int, size: int) -> Tensor:
-    """View [n, size, D] of `n` neighbouring segments that start at slot `offset`."""
-    return flat.narrow(0, offset, n * size).view(n, size, flat.shape[-1])
+@lru_cache(maxsize=4096)
+def _tails(counts: tuple[int, ...], room: int, device: torch.device) -> Tensor:
+    """LongTensor [S]: the slot where each segment's tail starts."""
+    sizes = torch.tensor(counts, device=device)
+    return (sizes + room).cumsum(0) - room
+
+
+def _segments(flat: Tensor, offset: int, n: int, size: int, used: int) -> Tensor:
+    """View [n, used, D] of `n` neighbouring segments of `size` slots that start at slot `offset`."""
+    width = flat.shape[-1]
+    return flat.as_strided((n, used, width), (size * width, width, 1), flat.storage_offset() + offset * width)
 
 
 def _owned(flat: Tensor) -> Tensor:
