@@ -262,6 +262,7 @@ def test_the_configs_are_there() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "adaptive_dropout_8b",
         "block_dropout_1b",
+        "any_smollm2",
         "block_dropout_8b",
         "block_dropout_smollm2",
         "eit_llama31_8b",
