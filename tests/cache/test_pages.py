@@ -68,6 +68,41 @@ def test_a_layer_at_once_is_every_head_alone() -> None:
             assert [p[p >= 0].tolist() for p in listed] == [p.tolist() for p in pages]
 
 
+def test_pages_are_taken_whole() -> None:
+    torch.manual_seed(0)
+    store = MemoryStore(4)
+    counts = torch.tensor([[6, 0], [3, 9]])
+    columns = torch.cat([torch.arange(n) for n in counts.flatten().tolist()]) * 2
+    keys, values = torch.randn(18, 8), torch.randn(18, 8)
+    store.put_layer(1, counts, columns, keys, values)
+    bounds = store.bounds_layer(1, torch.randn(2, 2, 1, 8))
+    store.take(1, 1, 1, torch.tensor([10]))
+    chosen = torch.zeros_like(bounds.sizes, dtype=torch.bool)
+    chosen[0, 0, 1] = chosen[1, 1, 0] = chosen[1, 1, 1] = chosen[0, 1, 0] = True  # one of them is empty
+    rows = [4, 5, 9, 10, 11, 12, 13, 15, 16]
+    seen = store.peek_pages(1, chosen)
+    found = store.take_pages(1, chosen)
+    for one in (seen, found):
+        assert one.counts.tolist() == [[2, 0], [0, 7]] and one.columns.tolist() == [
+            8,
+            10,
+            0,
+            2,
+            4,
+            6,
+            8,
+            12,
+            14,
+        ]
+        assert torch.equal(one.keys, keys[rows]) and torch.equal(one.values, values[rows])
+    assert store.columns(1, 0, 0).tolist() == [0, 2, 4, 6] and store.columns(1, 1, 1).tolist() == [16]
+    assert store.n_entries == 8 and store.take_pages(1, chosen).keys.shape == (0, 8)
+    with pytest.raises(ConfigError, match="pages of layer 1 are chosen by booleans of shape"):
+        store.take_pages(1, chosen[:1])
+    with pytest.raises(ConfigError, match=r"not by torch\.int64"):
+        store.take_pages(1, chosen.long())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31 - 1), st.integers(1, 40), st.integers(1, 6), st.sampled_from(["f32", "bf16", "f16"])

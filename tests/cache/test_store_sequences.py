@@ -115,6 +115,25 @@ class Sequences(RuleBasedStateMachine):
         counts, columns, asked = self.some(seed, layer)
         self.check(layer, self.store.peek_layer(layer, counts, columns), asked)
 
+    @rule(layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 10**6), leave=st.booleans())
+    def pages(self, layer: int, seed: int, leave: bool) -> None:
+        sizes = self.store.bounds_layer(
+            layer, self.entries(self.rows * HEADS).view(self.rows, HEADS, 1, WIDTH)
+        ).sizes
+        chosen = torch.rand(sizes.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+        if not sizes.numel():
+            return
+        found = (self.store.take_pages if leave else self.store.peek_pages)(layer, chosen)
+        assert found.counts.tolist() == (sizes * chosen).sum(dim=2).tolist()
+        owners = [(row, head) for row in range(self.rows) for head in range(HEADS)]
+        of = [
+            owner for owner, n in zip(owners, found.counts.flatten().tolist(), strict=True) for _ in range(n)
+        ]
+        asked = [(*owner, column) for owner, column in zip(of, found.columns.tolist(), strict=True)]
+        self.check(layer, (found.keys, found.values), asked)
+        for row, head, column in asked if leave else ():
+            del self.model[layer, row, head][column]
+
     @rule(n_seen=st.integers(COLUMNS // 2, COLUMNS))
     def crop(self, n_seen: int) -> None:
         self.store.crop(n_seen)

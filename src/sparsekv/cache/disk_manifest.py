@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from sparsekv.cache.disk_log import BLOCK_ROWS, DTYPES, DiskLog, failed
 from sparsekv.cache.pages import LayerIndex
-from sparsekv.cache.places import Ints
+from sparsekv.cache.places import Ints, Request
 from sparsekv.errors import ConfigError
 from sparsekv.files import write_atomically
 
@@ -167,9 +167,10 @@ def read_index(folder: Path, manifest: Manifest, page_size: int, log: DiskLog) -
             layer = int(name.split(".")[1])
             layers[layer] = LayerIndex(page_size)
             columns, slots = (arrays[f"layers.{layer}.{kind}"] for kind in ("columns", "slots"))
-            layers[layer].places.fit(counts.shape[0], counts.shape[1], columns)
+            request = Request(counts, columns, int(columns.max(initial=-1)))
+            layers[layer].places.fit(counts.shape[0], counts.shape[1], request.top + 1)
             layers[layer].places.make_room(counts)
-            layers[layer].places.insert(counts, columns, slots)
+            layers[layer].places.insert(request, slots)
     return layers
 
 

@@ -11,6 +11,7 @@ Knows nothing of layers, columns or pages.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class EntryLog(ABC):
 
     def append(self, keys: Tensor, values: Tensor) -> Ints:
         """Write [N, D] and return the slots, int32 [N]. After an error nothing was written."""
-        slots = np.empty(len(keys), np.int32)
+        slots: list[Ints] = []
         pieces: list[tuple[Chunk, int, int]] = []
         fresh: dict[int, Chunk] = {}
         chunk, number = self._current, self._number_of(self._current)
@@ -113,7 +114,7 @@ class EntryLog(ABC):
                 n = min(len(keys) - start, chunk.capacity - chunk.used)
                 self._write(chunk, keys[start : start + n], values[start : start + n])
                 first = (number << self.shift) + chunk.used
-                slots[start : start + n] = np.arange(first, first + n, dtype=np.int32)
+                slots.append(np.arange(first, first + n, dtype=np.int32))
                 pieces.append((chunk, start, start + n))
                 start += n
                 if start < len(keys):
@@ -127,7 +128,7 @@ class EntryLog(ABC):
             self._written(piece, keys[first:last], values[first:last])
         self._current = chunk
         self._left = max(self._left, self.n_used)
-        return slots
+        return slots[0] if len(slots) == 1 else np.concatenate(slots)
 
     def _number_of(self, chunk: Chunk | None) -> int:
         return next((number for number, one in self.chunks.items() if one is chunk), NONE)
@@ -140,24 +141,31 @@ class EntryLog(ABC):
         like = next(iter(self.chunks.values())).keys
         keys = self._empty(len(slots), like)
         outputs = (keys, self._empty(len(slots), like)) if values else (keys,)
-        numbers = slots >> self.shift
-        edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-        mixed = len(edges) > max(8, len(slots) // 64)
-        if mixed and (numbers[1:] < numbers[:-1]).any():  # read chunk by chunk, then put back in order
-            order = np.argsort(numbers, kind="stable")
-            back = torch.from_numpy(np.argsort(order, kind="stable"))
-            keys, found = self.read(slots[order], values=values)
-            return keys.index_select(0, back), found.index_select(0, back)
-        for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(slots)], strict=True):
-            if first == last:
-                continue
-            chunk = self.chunks[int(numbers[first])]
-            rows = slots[first:last] & (self.chunk_rows - 1)
+        for number, first, last in self._stretches(slots):
+            if number == NONE:  # chunks in turn: read them one by one, then put everything back in order
+                order = np.argsort(slots >> self.shift, kind="stable")
+                back = torch.from_numpy(np.argsort(order, kind="stable"))
+                keys, found = self.read(slots[order], values=values)
+                return keys.index_select(0, back), found.index_select(0, back)
+            chunk, rows = self.chunks[number], slots[first:last] - (number << self.shift)
             self._before_read(chunk, rows)
             plan = _Gather(rows, self.run, chunk.capacity)
             for source, out in zip((chunk.keys, chunk.values), outputs, strict=False):
                 plan.copy(source, out[first:last])
         return outputs[0], outputs[-1]
+
+    def _stretches(self, slots: Ints) -> list[tuple[int, int, int]]:
+        """(chunk number, first, last) of slots that lie in one chunk; one with number NONE if there are too many."""
+        if not len(slots):
+            return []
+        number = int(slots.min()) >> self.shift
+        if number == int(slots.max()) >> self.shift:
+            return [(number, 0, len(slots))]
+        numbers = slots >> self.shift
+        edges = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(slots)]
+        if len(edges) > max(8, len(slots) // 64) and bool((numbers[1:] < numbers[:-1]).any()):
+            return [(NONE, 0, len(slots))]
+        return [(int(numbers[a]), a, b) for a, b in pairwise(edges)]
 
     # ---- giving back ------------------------------------------------------------------------------------------------
 
@@ -189,17 +197,21 @@ class EntryLog(ABC):
         snapshot's. Callers `remap` their slots by the table.
         """
         self.drop_dead(live)
+        if not self.chunks:
+            return None
         n_slots = (max(self.chunks, default=-1) + 1) << self.shift
         is_live = np.zeros(n_slots, bool)
         is_live[live] = True
         unique = np.flatnonzero(is_live).astype(np.int32)
-        counts = np.bincount(unique >> self.shift, minlength=len(self.chunks) + 1)
-        poor = [number for number, chunk in self.chunks.items() if 2 * counts[number] <= chunk.used]
+        counts = np.bincount(unique >> self.shift)
+        is_poor = np.zeros(len(counts), bool)
+        for number, chunk in self.chunks.items():
+            is_poor[number] = 2 * counts[number] <= chunk.used
         self._held = max(0, len(unique) - n_live)
-        moving = unique[np.isin(unique >> self.shift, poor)]
+        moving = unique[is_poor[unique >> self.shift]]
         if not len(moving):
             return None
-        if self._number_of(self._current) in poor:
+        if self._current is not None and is_poor[self._number_of(self._current)]:
             self._current = None
         new = self.append(*self.read(moving))
         table = np.full(n_slots, NONE, np.int32)

@@ -10,37 +10,36 @@ come back is the tiered cache's business.
 
 from __future__ import annotations
 
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.cache.entry_log import EntryLog
+from sparsekv.cache.holdings import Holdings
 from sparsekv.cache.pages import LayerBounds, LayerIndex
-from sparsekv.cache.places import Ints, Places, as_request
+from sparsekv.cache.places import Request
 from sparsekv.errors import ConfigError
 
-Store = TypeVar("Store", bound="PassiveStore")
+
+class PageEntries(NamedTuple):
+    """Entries of some pages of a layer, row-major over (row, kv head), page by page.
+
+    counts LongTensor [B, H], columns LongTensor [N], keys and values [N, D].
+    """
+
+    counts: Tensor
+    columns: Tensor
+    keys: Tensor
+    values: Tensor
 
 
-class Snapshot:
-    """What a store held at one moment; see `PassiveStore.snapshot`."""
-
-    def __init__(self, layers: dict[int, LayerIndex]) -> None:
-        self.layers = layers
-
-
-class PassiveStore(ABC):
+class PassiveStore(Holdings):
     """Keys and values by (layer, row, kv head, column), page summaries of the keys, and room that is given back.
 
     Every request exists for a whole layer (`put_layer`, `take_layer`, `peek_layer`, `bounds_layer`: one call for all
-    rows and kv heads, with ragged counts; the fast way) and for one kv head (`put`, `take`, `peek`, `bounds`). An entry
-    is in the store once. Keys and values come back bit by bit as they were put. Not safe to use from several threads.
+    rows and kv heads, with ragged counts; the fast way) and for one kv head (`put`, `take`, `peek`, `bounds`). Whole
+    pages are asked for fastest (`take_pages`, `peek_pages`). An entry is in the store once. Keys and values come back
+    bit by bit as they were put. Not safe to use from several threads.
 
     Parameters
     ----------
@@ -55,15 +54,10 @@ class PassiveStore(ABC):
     """
 
     def __init__(self, page_size: int = 16) -> None:
-        if not 1 <= page_size <= 1024:
-            raise ConfigError(f"page_size {page_size} is not between 1 and 1024 entries")
-        self.page_size = page_size
+        super().__init__(page_size)
         self.dtype: torch.dtype | None = None
         self.width: int | None = None
         self.device = torch.device("cpu")
-        self._layers: dict[int, LayerIndex] = {}
-        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-        self._closed = False
 
     # ---- a whole layer at once --------------------------------------------------------------------------------------
 
@@ -87,12 +81,13 @@ class PassiveStore(ABC):
             whatever keeps them from being written.
         """
         self._check_open()
-        wanted, at = as_request(counts, columns)
-        self._check_entries(len(at), keys, values)
+        request = Request.of(counts, columns)
+        n = len(request.columns)
+        self._check_entries(n, keys, values)
         entry = self._layers.get(layer) or LayerIndex(self.page_size)
-        entry.places.fit(wanted.shape[0], wanted.shape[1], at)
-        entry.places.check_new(layer, wanted, at)
-        if not len(at):
+        entry.places.fit(request.counts.shape[0], request.counts.shape[1], request.top + 1)
+        entry.places.check_new(layer, request)
+        if not n:
             return
         if self.dtype is None:
             self.dtype, self.width = keys.dtype, keys.shape[1]
@@ -101,8 +96,8 @@ class PassiveStore(ABC):
         self._reclaim(log)
         slots = log.append(keys.detach(), values.detach())
         entry.squeeze()
-        entry.places.make_room(wanted)
-        entry.places.insert(wanted, at, slots)
+        entry.places.make_room(request.counts)
+        entry.places.insert(request, slots)
         self._layers[layer] = entry
 
     def take_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,30 +107,59 @@ class PassiveStore(ABC):
         can't be read.
         """
         self._check_open()
-        wanted, at = as_request(counts, columns)
-        if not len(at):
+        request = Request.of(counts, columns)
+        if not len(request.columns):
             return self._nothing()
         places = self._places(layer)
-        flat, slots = places.find(layer, wanted, at)
+        flat, slots = places.find(layer, request)
         found = self._log(layer).read(slots)
-        places.remove(layer, wanted, at, flat)
+        places.remove(layer, request, flat)
         self._reclaim(self._log(layer), taking=True)
         return self._arrived(found)
 
     def peek_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Read entries, which stay: keys and values [N, D] in the order asked for, copies."""
         self._check_open()
-        wanted, at = as_request(counts, columns)
-        if not len(at):
+        request = Request.of(counts, columns)
+        if not len(request.columns):
             return self._nothing()
-        _, slots = self._places(layer).find(layer, wanted, at)
+        _, slots = self._places(layer).find(layer, request)
         return self._arrived(self._log(layer).read(slots))
 
-    def counts(self, layer: int) -> Tensor:
-        """Entries of each (row, kv head) of a layer: LongTensor [B, H]; [0, 0] where nothing was ever put."""
+    def take_pages(self, layer: int, chosen: Tensor) -> PageEntries:
+        """Remove all entries of the chosen pages, and return them.
+
+        Parameters
+        ----------
+        chosen : BoolTensor [B, H, P]
+            Pages as `bounds_layer` counts them; choosing an empty one is allowed. Pages are counted anew when entries
+            are put, so choose and take without a put in between.
+
+        Raises
+        ------
+        ConfigError
+            A choice of another shape, or an entry that can't be read; then nothing is removed.
+        """
+        return self._pages(layer, chosen, take=True)
+
+    def peek_pages(self, layer: int, chosen: Tensor) -> PageEntries:
+        """Read all entries of the chosen pages (BoolTensor [B, H, P], see `take_pages`), which stay."""
+        return self._pages(layer, chosen, take=False)
+
+    def _pages(self, layer: int, chosen: Tensor, *, take: bool) -> PageEntries:
         self._check_open()
-        entry = self._layers.get(layer)
-        return torch.from_numpy(entry.places.counts()) if entry else torch.zeros(0, 0, dtype=torch.int64)
+        places = self._places(layer)
+        if tuple(chosen.shape) != places.shape or chosen.dtype != torch.bool:
+            raise ConfigError(
+                f"pages of layer {layer} are chosen by booleans of shape {list(places.shape)}, not by "
+                f"{chosen.dtype} of {list(chosen.shape)}"
+            )
+        pages, counts, columns, slots = places.of_pages(chosen.cpu().numpy())
+        keys, values = self._arrived(self._log(layer).read(slots)) if len(slots) else self._nothing()
+        if take:
+            places.remove_pages(pages, len(slots))
+            self._reclaim(self._log(layer), taking=True)
+        return PageEntries(torch.from_numpy(counts), torch.from_numpy(columns), keys, values)
 
     def bounds_layer(self, layer: int, query: Tensor) -> LayerBounds:
         """Upper bounds of q.k for every page of a layer, as in Quest (arXiv 2406.10774, section 3.3).
@@ -179,12 +203,6 @@ class PassiveStore(ABC):
         """Read entries of one (row, kv head): keys, values [n, D]. See `peek_layer`."""
         return self.peek_layer(layer, _only(row, head, columns), columns)
 
-    def columns(self, layer: int, row: int, head: int) -> Tensor:
-        """Columns of one (row, kv head), LongTensor [n], in the order in which they were put."""
-        self._check_open()
-        entry = self._layers.get(layer)
-        return torch.from_numpy(entry.places.columns_of(row, head) if entry else np.zeros(0, np.int64))
-
     def bounds(self, layer: int, row: int, head: int, query: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Upper bounds [G, P] of q.k for queries [G, D], and the columns of each of the P pages.
 
@@ -211,144 +229,9 @@ class PassiveStore(ABC):
         if width != self.width:
             raise ConfigError(f"query has head size {width}; the keys of the passive store have {self.width}")
         log = self._log(layer)
-        entry.places.fit(rows, heads, np.zeros(0, np.int64))
+        entry.places.fit(rows, heads)
         entry.pages.update(layer, entry.places, lambda slots: log.read(slots, values=False)[0], self.device)
         return entry
-
-    # ---- all layers -------------------------------------------------------------------------------------------------
-
-    def crop(self, n_seen: int) -> None:
-        """Forget columns >= `n_seen`, in all layers."""
-        self._check_open()
-        for entry in self._layers.values():
-            entry.places.crop(n_seen)
-
-    def reorder(self, rows: Tensor) -> None:
-        """New row i is old row `rows[i]` (beam search), or keep the rows of a BoolTensor. No key is copied."""
-        self._check_open()
-        index = (
-            (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).cpu().numpy().astype(np.int64)
-        )
-        if index.ndim != 1 or int(index.min(initial=0)) < 0:
-            raise ConfigError("rows to reorder by must be a list of row numbers >= 0")
-        for entry in self._layers.values():
-            entry.take_rows(index)
-
-    def repeat(self, n: int) -> None:
-        """Each row `n` times, side by side."""
-        self._check_open()
-        if n < 1:
-            raise ConfigError(f"rows can't be repeated {n} times; at least once")
-        rows = max((entry.places.shape[0] for entry in self._layers.values()), default=0)
-        self.reorder(torch.arange(rows).repeat_interleave(n))
-
-    def snapshot(self) -> Snapshot:
-        """The present state, to `restore` any number of times: lists of entries, no keys. Room of entries that only a
-        snapshot holds is given back when the snapshot is no longer referred to."""
-        self._check_open()
-        taken = Snapshot({layer: entry.copy() for layer, entry in self._layers.items()})
-        self._snapshots.add(taken)
-        weakref.finalize(taken, _look_again, weakref.WeakMethod(self._forget_held))
-        return taken
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Back to a snapshot of this store."""
-        self._check_open()
-        if snapshot not in self._snapshots:
-            raise ConfigError("this snapshot was not taken from this passive store")
-        self._layers = {layer: entry.copy() for layer, entry in snapshot.layers.items()}
-
-    # ---- size, end --------------------------------------------------------------------------------------------------
-
-    @property
-    def n_entries(self) -> int:
-        """Entries of all layers, rows and kv heads; one that rows share counts in each."""
-        return sum(entry.places.n_entries for entry in self._layers.values())
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes allocated in memory: entries, if they are there, the index and the page summaries."""
-        return sum(entry.nbytes for entry in self._layers.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of files; 0 for a store in memory."""
-        return 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory and on disk together."""
-        return self.memory_bytes + self.disk_bytes
-
-    def flush(self) -> None:
-        """Make what the store holds durable; nothing to do in memory."""
-        self._check_open()
-
-    def close(self) -> None:
-        """Give everything back. A closed store refuses every request; closing twice does nothing."""
-        self._closed = True
-        self._layers = {}
-
-    def __enter__(self: Store) -> Store:
-        self._check_open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise ConfigError(
-            f"a {type(self).__name__} can't be pickled or copied; give another process the folder of a disk store"
-        )
-
-    # ---- inside -----------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _log(self, layer: int) -> EntryLog:
-        """The log that holds a layer's entries."""
-
-    @abstractmethod
-    def _sharing(self, log: EntryLog) -> Iterator[int]:
-        """The layers whose entries lie in a log."""
-
-    @abstractmethod
-    def _logs(self) -> Iterator[EntryLog]:
-        """All logs."""
-
-    def _holders(self, log: EntryLog) -> Iterator[LayerIndex]:
-        """Everything that refers to slots of a log: the layers, and their snapshots."""
-        for layers in (self._layers, *(snapshot.layers for snapshot in self._snapshots)):
-            yield from (layers[layer] for layer in self._sharing(log) if layer in layers)
-
-    def _n_live(self, log: EntryLog) -> int:
-        return sum(self._layers[i].places.n_entries for i in self._sharing(log) if i in self._layers)
-
-    def _live(self, log: EntryLog) -> Ints:
-        parts = [holder.places.live_slots() for holder in self._holders(log)]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
-
-    def _reclaim(self, log: EntryLog, *, taking: bool = False) -> None:
-        """Give back the room of entries that left, if it is more than that of those that stay."""
-        n_live = self._n_live(log)
-        if not log.crowded(n_live, moving=log.moves_on_take or not taking):
-            return
-        if taking and not log.moves_on_take:
-            log.drop_dead(self._live(log))
-            return
-        table = log.collect(self._live(log), n_live)
-        if table is not None:
-            for holder in self._holders(log):
-                holder.remap(table)
-
-    def _forget_held(self) -> None:
-        for log in self._logs():
-            log.forget_held()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("the passive store is closed")
 
     def _check_entries(self, n: int, keys: Tensor, values: Tensor) -> None:
         if keys.ndim != 2 or keys.shape != values.shape or len(keys) != n or keys.dtype != values.dtype:
@@ -363,10 +246,6 @@ class PassiveStore(ABC):
                 f"the passive store holds {self.dtype} entries of head size {self.width}, it was given {keys.dtype} of "
                 f"head size {keys.shape[1]}"
             )
-
-    def _places(self, layer: int) -> Places:
-        entry = self._layers.get(layer)
-        return entry.places if entry else Places(self.page_size)
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
         none = torch.zeros(0, self.width or 0, dtype=self.dtype or torch.float32, device=self.device)
@@ -386,9 +265,3 @@ def _only(row: int, head: int, columns: Tensor) -> Tensor:
     counts = torch.zeros(row + 1, head + 1, dtype=torch.int64)
     counts[row, head] = len(columns)
     return counts
-
-
-def _look_again(forget: weakref.WeakMethod) -> None:
-    method = forget()
-    if method is not None:
-        method()

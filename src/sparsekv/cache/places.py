@@ -10,6 +10,8 @@ packed [N], row-major over (row, kv head). Integers only: this module knows noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +24,68 @@ Ints: TypeAlias = npt.NDArray[np.integer]
 
 NONE = -1
 """No place, no slot, no column."""
+
+_HIGHEST = 2**31 - 2
+"""Columns are 32 bits wide."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Entries of many heads at once.
+
+    Attributes
+    ----------
+    counts : int64 [B, H]
+    columns : int64 [N]
+    top : the highest column; -1 if there is none
+    ascending : columns ascend within each (row, kv head), so none stands twice
+    """
+
+    counts: Ints
+    columns: Ints
+    top: int
+    ascending: bool = False
+
+    @classmethod
+    def of(cls, counts: Tensor, columns: Tensor) -> Request:
+        """The request of a caller.
+
+        Raises ConfigError if it is none.
+        """
+        wanted, at = counts.cpu().numpy(), columns.cpu().numpy()
+        if wanted.ndim != 2 or at.ndim != 1 or wanted.dtype.kind != "i" or at.dtype.kind != "i":
+            raise ConfigError(
+                "a request needs counts [rows, kv heads] and columns [entries], both of integers"
+            )
+        wanted = wanted.astype(np.int64, copy=False)
+        at = np.ascontiguousarray(at, dtype=np.int64)
+        sizes = wanted.reshape(-1)
+        ends = sizes.cumsum()
+        if int(sizes.min(initial=0)) < 0 or int(sizes.sum()) != len(at):
+            raise ConfigError(
+                f"counts of a request add up to {int(sizes.sum())}, but there are {len(at)} columns; counts may not be "
+                "negative"
+            )
+        falls = np.flatnonzero(at[1:] <= at[:-1]) + 1
+        ascending = len(falls) < len(ends) and set(falls.tolist()) <= set(ends.tolist())
+        edges = at
+        if ascending:  # the usual case: the first and the last of each head say it all
+            real = sizes > 0
+            edges = at[np.concatenate([(ends - sizes)[real], ends[real] - 1])]
+        low, top = int(edges.min(initial=0)), int(edges.max(initial=NONE))
+        if low < 0 or top > _HIGHEST:
+            raise ConfigError(
+                f"columns of a request must lie between 0 and {_HIGHEST}, got {low if low < 0 else top}"
+            )
+        return cls(wanted, at, top, ascending)
+
+    def segments(self) -> Iterator[tuple[int, int, int, int]]:
+        """(row, kv head, start, end) of the entries of every (row, kv head) that has any."""
+        start, heads = 0, self.counts.shape[1]
+        for segment, n in enumerate(self.counts.reshape(-1).tolist()):
+            if n:
+                yield segment // heads, segment % heads, start, start + n
+                start += n
 
 
 class Places:
@@ -85,76 +149,99 @@ class Places:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
-    def check_new(self, layer: int, counts: Ints, columns: Ints) -> None:
-        """Raise a ConfigError if a column stands twice in a request, or is there already."""
-        owner = self._owner(counts)
-        if _repeats(owner, columns):
+    def check_new(self, layer: int, request: Request) -> None:
+        """Raise a ConfigError if a column stands twice in a request, or is there already. After `fit`."""
+        if request.ascending and not self.n_entries:
+            return
+        flat = self._flat(request, request.columns, self.place.shape[2])
+        if not request.ascending and _repeats(flat):
             raise ConfigError(
                 f"columns of a put into layer {layer} repeat within a kv head; each may be put once"
             )
-        known = columns < self.place.shape[2]
-        flat, owner = (owner * self.place.shape[2] + columns)[known], owner[known]
         at = self.place.reshape(-1).take(flat)
-        there = at >= 0
-        there[there] = self.slot.reshape(-1).take(owner[there] * self.slot.shape[2] + at[there]) != NONE
+        if int(at.max(initial=NONE)) == NONE:
+            return
+        there = self.slot.reshape(-1).take(self._flat(request, at, self.slot.shape[2]), mode="clip") != NONE
+        there &= at != NONE
         if there.any():
-            which = int(np.flatnonzero(known)[int(there.argmax())])
-            raise ConfigError(f"{self._name(layer, counts, which)} has column {int(columns[which])} already")
+            which = int(there.argmax())
+            segment = int(np.searchsorted(request.counts.reshape(-1).cumsum(), which, side="right"))
+            row, head = divmod(segment, request.counts.shape[1])
+            raise ConfigError(
+                f"layer {layer}, row {row}, kv head {head} of the passive store has column "
+                f"{int(request.columns[which])} already"
+            )
 
-    def insert(self, counts: Ints, columns: Ints, slots: Ints) -> None:
+    def insert(self, request: Request, slots: Ints) -> None:
         """Append a request's entries, once `fit`, `check_new` and `make_room` were called for it."""
-        start = 0
-        for row, head in np.argwhere(counts > 0).tolist():
-            n, first = int(counts[row, head]), int(self.fill[row, head])
-            piece = columns[start : start + n]
-            self.slot[row, head, first : first + n] = slots[start : start + n]
-            self.column[row, head, first : first + n] = piece
-            self.place[row, head][piece] = np.arange(first, first + n, dtype=np.int32)
-            self.fill[row, head] = first + n
-            start += n
-        self.n_entries += start
+        for row, head, start, end in request.segments():
+            first, piece = int(self.fill[row, head]), request.columns[start:end]
+            last = first + len(piece)
+            self.slot[row, head, first:last] = slots[start:end]
+            self.column[row, head, first:last] = piece
+            self.place[row, head][piece] = np.arange(first, last, dtype=np.int32)
+            self.fill[row, head] = last
+        self.n_entries += len(slots)
 
-    def find(self, layer: int, counts: Ints, columns: Ints) -> tuple[Ints, Ints]:
+    def find(self, layer: int, request: Request) -> tuple[Ints, Ints]:
         """(places flat over [B, H, R], slots) of a request's entries.
 
         Raises ConfigError if one of them isn't there.
         """
         rows, heads, known = self.place.shape
-        outside = counts.copy()
+        outside = request.counts.copy()
         outside[:rows, :heads] = 0
-        if outside.any() or int(columns.max(initial=-1)) >= known:
-            raise self._missing(layer, counts, columns)
-        owner = self._owner(counts)
-        at = self.place.reshape(-1).take(owner * known + columns)
-        flat = owner * self.slot.shape[2] + at
+        if outside.any() or request.top >= known:
+            raise self._missing(layer, request)
+        at = self.place.reshape(-1).take(self._flat(request, request.columns, known))
+        flat = self._flat(request, at, self.slot.shape[2])
         slots = self.slot.reshape(-1).take(flat, mode="clip")
         if flat.size and (int(at.min()) < 0 or int(slots.min()) < 0):
-            raise self._missing(layer, counts, columns)
+            raise self._missing(layer, request)
         return flat, slots
 
-    def remove(self, layer: int, counts: Ints, columns: Ints, flat: Ints) -> None:
+    def remove(self, layer: int, request: Request, flat: Ints) -> None:
         """Forget what `find` found.
 
-        Raises ConfigError if a column was asked for twice.
+        Raises ConfigError if an entry was asked for twice.
         """
-        if _repeats(self._owner(counts), columns):
+        if not request.ascending and _repeats(flat):
             raise ConfigError(
                 f"columns of a take from layer {layer} repeat within a kv head; each is there once"
             )
         self.slot.reshape(-1)[flat] = NONE
         self.n_entries -= len(flat)
 
-    def _owner(self, counts: Ints) -> Ints:
-        """Number of the (row, kv head) of every entry of a request [N]."""
-        ids = np.arange(counts.shape[0])[:, None] * self.slot.shape[1] + np.arange(counts.shape[1])
-        return np.repeat(ids.reshape(-1), counts.reshape(-1))
+    def of_pages(self, chosen: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """(page numbers flat over [B, H, P], counts [B, H], columns [N], slots [N]) of chosen pages [B, H, P]."""
+        rows, heads, pages = self.shape
+        which = np.flatnonzero(chosen)
+        slots = self.slot.reshape(-1, self.page_size)[which]
+        columns = self.column.reshape(-1, self.page_size)[which]
+        owner = which // max(pages, 1)
+        counts = np.bincount(owner, minlength=rows * heads) * self.page_size
+        if slots.size and int(slots.min()) == NONE:
+            held = slots != NONE
+            slots, columns = slots[held], columns[held]
+            counts = np.bincount(owner, held.sum(axis=1), minlength=rows * heads).astype(np.int64)
+        return which, counts.reshape(rows, heads), columns.reshape(-1).astype(np.int64), slots.reshape(-1)
 
-    def _missing(self, layer: int, counts: Ints, columns: Ints) -> ConfigError:
+    def remove_pages(self, which: Ints, n: int) -> None:
+        """Forget the `n` entries of pages, numbered flat over [B, H, P]."""
+        self.slot.reshape(-1, self.page_size)[which] = NONE
+        self.n_entries -= n
+
+    def _flat(self, request: Request, within: Ints, size: int) -> Ints:
+        """Index into a flattened [B, H, size] of every entry of a request, given that within its kv head."""
+        flat, heads = np.empty(len(within), np.int64), self.slot.shape[1]
+        for row, head, start, end in request.segments():
+            np.add(within[start:end], (row * heads + head) * size, out=flat[start:end])
+        return flat
+
+    def _missing(self, layer: int, request: Request) -> ConfigError:
         """The error for the first entry of a request that isn't there."""
-        ends = counts.reshape(-1).cumsum()
-        for segment in np.flatnonzero(counts.reshape(-1)).tolist():
-            row, head = divmod(segment, counts.shape[1])
-            piece = columns[ends[segment] - counts[row, head] : ends[segment]]
+        for row, head, start, end in request.segments():
+            piece = request.columns[start:end]
             lost = ~np.isin(piece, self.columns_of(row, head))
             if lost.any():
                 where = f"layer {layer}, row {row}, kv head {head}"
@@ -163,17 +250,12 @@ class Places:
                 )
         raise IndexError("every entry of the request is there")
 
-    def _name(self, layer: int, counts: Ints, entry: int) -> str:
-        segment = int(np.searchsorted(counts.reshape(-1).cumsum(), entry, side="right"))
-        row, head = divmod(segment, counts.shape[1])
-        return f"layer {layer}, row {row}, kv head {head} of the passive store"
-
     # ---- room -----------------------------------------------------------------------------------------------------
 
-    def fit(self, rows: int, heads: int, columns: Ints) -> None:
-        """Know at least these rows, kv heads and columns."""
+    def fit(self, rows: int, heads: int, width: int = 0) -> None:
+        """Know at least so many rows, kv heads and columns."""
         rows, heads = max(rows, self.slot.shape[0]), max(heads, self.slot.shape[1])
-        known, width = self.place.shape[2], int(columns.max(initial=-1)) + 1
+        known = self.place.shape[2]
         self.place = padded(self.place, (rows, heads, width + width // 8 if width > known else known), NONE)
         self.fill = padded(self.fill, (rows, heads), 0)
         self.slot = padded(self.slot, (rows, heads, self.slot.shape[2]), NONE)
@@ -195,6 +277,9 @@ class Places:
     def squeeze(self) -> Ints | None:
         """Drop empty pages: old page numbers [B, H, new pages]; None if whole pages would not do and all changed."""
         rows, heads, pages = self.shape
+        if not self.n_entries:
+            self.place[:], self.fill[:] = NONE, 0
+            return None
         full = (self.slot.reshape(rows, heads, pages, -1) != NONE).any(axis=3)
         order = np.argsort(~full, axis=2, kind="stable")
         kept = int(full.sum(axis=2).max(initial=0))
@@ -228,7 +313,7 @@ class Places:
 
     def take_rows(self, rows: Ints) -> None:
         """New row i is old row `rows[i]`; a row that never put anything is empty."""
-        self.fit(int(rows.max(initial=-1)) + 1, 0, rows[:0])
+        self.fit(int(rows.max(initial=-1)) + 1, 0)
         self.place, self.slot, self.column = self.place[rows], self.slot[rows], self.column[rows]
         self.fill = self.fill[rows]
         self.n_entries = int((self.slot != NONE).sum())
@@ -237,19 +322,6 @@ class Places:
         """Forget columns >= `n_seen`."""
         self.slot[self.column >= n_seen] = NONE
         self.n_entries = int((self.slot != NONE).sum())
-
-
-def as_request(counts: Tensor, columns: Tensor) -> tuple[Ints, Ints]:
-    """The integers of a request, int64; a ConfigError if they don't fit."""
-    wanted, at = counts.cpu().numpy(), columns.cpu().numpy()
-    if wanted.ndim != 2 or at.ndim != 1 or wanted.dtype.kind != "i" or at.dtype.kind != "i":
-        raise ConfigError("a request needs counts [rows, kv heads] and columns [entries], both of integers")
-    if int(wanted.min(initial=0)) < 0 or int(wanted.sum()) != len(at) or int(at.min(initial=0)) < 0:
-        raise ConfigError(
-            f"counts of a request add up to {int(wanted.sum())}, but there are {len(at)} columns; neither counts nor "
-            "columns may be negative"
-        )
-    return wanted.astype(np.int64, copy=False), at.astype(np.int64, copy=False)
 
 
 def remap(slots: Ints, table: Ints) -> None:
@@ -269,10 +341,8 @@ def padded(array: Ints, shape: tuple[int, ...], value: int) -> Ints:
     return wide
 
 
-def _repeats(owner: Ints, columns: Ints) -> bool:
-    """A column stands twice for one owner. Ascending columns, the usual case, cost one pass."""
-    if columns.size < 2:
-        return False
-    if bool(((columns[1:] > columns[:-1]) | (owner[1:] != owner[:-1])).all()):
-        return False
-    return np.unique(owner * (int(columns.max()) + 1) + columns).size < columns.size
+def _repeats(flat: Ints) -> bool:
+    """An index stands twice."""
+    seen = np.zeros(int(flat.max(initial=0)) + 1, bool)
+    seen[flat] = True
+    return int(np.count_nonzero(seen)) < flat.size

@@ -1,0 +1,178 @@
+"""How fast do entries move between the tiers? Rates of the passive stores against plain memcpy of the same bytes.
+
+    python benchmarks/tiers.py
+
+For every layer of a context, keys and values of all kv heads are put into a store as one batch, read (peek), bounded by
+their page summaries, and taken out again: named by columns, and by pages. Beside each put the same bytes are copied
+plainly: into memory that was there before ("warm", the faster and so the stricter), into new memory, and, for the
+disk store, into a newly made mapped file and out of it. Printed are medians over all layers and rounds, and their
+ratios to the warm memcpy. The disk store's figures contain its checksums; its files are looked at again 0.1 s after the
+puts, because a file that has just been written to is checked at every read. A model of 8 billion parameters:
+
+    python benchmarks/tiers.py --heads 8 --head-dim 128 --layers 8 --tokens 4096 16384
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+
+from sparsekv.cache.disk import DiskStore
+from sparsekv.cache.memory import MemoryStore
+from sparsekv.cache.passive import PassiveStore
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Rates:
+    """Seconds by name; printed as GB/s and as a ratio to "memcpy, warm"."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def time(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.seconds[name].append(time.perf_counter() - started)
+        return result
+
+    def show(self, title: str) -> None:
+        print(f"\n{title}, {self.n_bytes / 2**20:.2f} MiB per layer")
+        plain = statistics.median(self.seconds["memcpy, warm"])
+        for name, seconds in self.seconds.items():
+            median = statistics.median(seconds)
+            print(
+                f"  {name:34s} {1e3 * median:8.3f} ms  {self.n_bytes / median / 1e9:6.2f} GB/s  x {plain / median:.2f}"
+            )
+
+
+def ragged(rows: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> Batch:
+    """One layer's entries: each kv head offloads between half and all of its tokens."""
+    counts = torch.randint(tokens // 2, tokens + 1, (rows, heads))
+    columns = torch.cat([torch.randperm(tokens)[:n].sort().values for n in counts.flatten().tolist()])
+    keys, values = torch.randn(2, len(columns), width).to(dtype)
+    return counts, columns, keys, values
+
+
+def pages_in_random_order(batch: Batch, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The request for all whole pages of a layer, drawn anew: what a recall by page scores asks for."""
+    counts, columns, _, _ = batch
+    parts, sizes = [], []
+    for part in columns.split(counts.flatten().tolist()):
+        whole = part[: len(part) // page * page].view(-1, page)
+        parts.append(whole[torch.randperm(len(whole))].flatten())
+        sizes.append(len(parts[-1]))
+    return torch.tensor(sizes).view(counts.shape), torch.cat(parts)
+
+
+def plain_copies(rates: Rates, batch: Batch, warm: list[torch.Tensor], folder: Path | None) -> None:
+    """The same bytes, copied by nothing but memcpy."""
+    source = batch[2:]
+    rates.time("memcpy, warm", lambda: [to[: len(x)].copy_(x) for to, x in zip(warm, source, strict=True)])
+    rates.time("memcpy, new memory", lambda: [x.clone() for x in source])
+    if folder is None:
+        return
+    path, size = folder / "plain", sum(x.nbytes for x in source)
+
+    def into_file() -> None:
+        with open(path, "w+b") as file:
+            file.truncate(size)
+            mapped = mmap.mmap(file.fileno(), size)
+            raw = torch.frombuffer(mapped, dtype=torch.uint8)
+            start = 0
+            for x in source:
+                raw[start : start + x.nbytes].copy_(x.view(torch.uint8).flatten())
+                start += x.nbytes
+
+    def out_of_file() -> None:
+        with open(path, "r+b") as file:
+            raw = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+        start = 0
+        for x, to in zip(source, warm, strict=True):
+            to[: len(x)].view(torch.uint8).view(-1).copy_(raw[start : start + x.nbytes])
+            start += x.nbytes
+
+    rates.time("memcpy, into a new mapped file", into_file)
+    rates.time("memcpy, out of a newly mapped file", out_of_file)
+    path.unlink()
+
+
+def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, folder: Path | None) -> None:
+    n_bytes = sum(2 * batch[2].nbytes for batch in batches) // len(batches)
+    width, dtype = batches[0][2].shape[1], batches[0][2].dtype
+    longest = max(len(batch[1]) for batch in batches)
+    warm = [torch.zeros(longest, width, dtype=dtype) for _ in range(2)]
+    rates = Rates(n_bytes)
+    heads = tuple(batches[0][0].shape)
+    for turn in range(rounds):
+        for layer, batch in enumerate(batches):
+            plain_copies(rates, batch, warm, folder)
+            rates.time("put", lambda layer=layer, batch=batch: store.put_layer(layer, *batch))
+        if turn == 0:
+            entries = sum(len(batch[1]) for batch in batches)
+            print(
+                f"\n{name}: {entries} entries take {store.memory_bytes / entries:.1f} bytes each in memory and "
+                f"{store.disk_bytes / entries:.1f} on disk; keys and values are {n_bytes * len(batches) / entries:.1f}"
+            )
+        if folder is not None:
+            time.sleep(0.1)
+        for layer, batch in enumerate(batches):
+            at = (layer, *batch[:2])
+            pages = (layer, *pages_in_random_order(batch, store.page_size))
+            query = (layer, torch.randn(*heads, 3, width))
+            rates.time("peek by columns", lambda at=at: store.peek_layer(*at))
+            rates.time("peek by columns, again", lambda at=at: store.peek_layer(*at))
+            rates.time("peek by columns, pages shuffled", lambda pages=pages: store.peek_layer(*pages))
+            rates.time("bounds, summaries made", lambda query=query: store.bounds_layer(*query))
+            bounds = rates.time("bounds, summaries known", lambda query=query: store.bounds_layer(*query))
+            every = (layer, bounds.sizes > 0)
+            rates.time("peek by pages", lambda every=every: store.peek_pages(*every))
+            if turn % 2:
+                rates.time("take by pages", lambda every=every: store.take_pages(*every))
+            else:
+                rates.time("take by columns", lambda at=at: store.take_layer(*at))
+    rates.show(name)
+    store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=30, help="default: SmolLM2-135M")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--folder", type=Path, help="where the disk store lies (default: a temporary folder)")
+    args = parser.parse_args()
+    print(describe())
+    torch.manual_seed(0)
+    for tokens in args.tokens:
+        dtype = getattr(torch, args.dtype)
+        batches = [ragged(args.rows, args.heads, tokens, args.head_dim, dtype) for _ in range(args.layers)]
+        title = (
+            f"{tokens} tokens, {args.layers} layers, {args.heads} kv heads x {args.head_dim}, {args.dtype}"
+        )
+        measure(f"memory store, {title}", MemoryStore(args.page_size), batches, args.rounds, None)
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            store = DiskStore(Path(folder) / "passive", page_size=args.page_size)
+            measure(f"disk store, {title}", store, batches, args.rounds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
