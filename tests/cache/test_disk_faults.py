@@ -295,23 +295,6 @@ def test_missing_and_cut_files(folder: Path, tmp_path: Path, open_before: bool) 
                 store.close(commit=False)
 
 
-def test_a_manifest_of_another_version_or_program(folder: Path) -> None:
-    path = folder / "manifest.json"
-    text = path.read_text()
-    path.write_text(text.replace('"version": 1', '"version": 9'))
-    with pytest.raises(ConfigError, match="has format version 9, this sparsekv reads 1"):
-        opened(folder)
-    path.write_text('{"checksum": 1}')
-    with pytest.raises(ConfigError, match="was not written by a passive store"):
-        opened(folder)
-    path.write_text(text.replace("a1", "b2"))
-    with pytest.raises(ConfigError, match="does not match its own checksum"):
-        opened(folder)
-    path.write_text(text)
-    with opened(folder, fingerprint={"weights": "a1"}) as store:
-        assert holds(store, RIGHT)
-
-
 # ---- folders that refuse -----------------------------------------------------------------------------------------
 
 

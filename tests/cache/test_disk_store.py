@@ -218,3 +218,22 @@ def test_writes_of_others_are_noticed_between_reads(tmp_path: Path, monkeypatch:
             store.peek_layer(0, counts, columns)
         store.close(commit=False)
     assert len(checked) == 4
+
+
+def test_a_manifest_of_another_version_or_program(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "p", {"weights": "a1"}) as store:
+        store.put_layer(0, *request(3))
+    path = tmp_path / "p" / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"version": 1', '"version": 9'))
+    with pytest.raises(ConfigError, match="has format version 9, this sparsekv reads 1"):
+        DiskStore(tmp_path / "p")
+    path.write_text('{"checksum": 1}')
+    with pytest.raises(ConfigError, match="was not written by a passive store"):
+        DiskStore(tmp_path / "p")
+    path.write_text(text.replace("a1", "b2"))
+    with pytest.raises(ConfigError, match="does not match its own checksum"):
+        DiskStore(tmp_path / "p")
+    path.write_text(text)
+    with DiskStore(tmp_path / "p", {"weights": "a1"}) as store:
+        assert store.n_entries == 6
