@@ -51,6 +51,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _check_passive(value: Any) -> Any:
+    if isinstance(value, str) and value != "cpu" and not re.fullmatch("disk:.+", value):
+        raise unknown("passive tier", value, ("cpu", "disk:<folder>"))
+    return value
+
+
 class MethodConfig(Strict):
     """One method: a name of `sparsekv ls methods` or `wrapper(inner)`, with its own parameters.
 
@@ -62,6 +68,9 @@ class MethodConfig(Strict):
     compression_ratios, budget_tokens : the budgets for this method instead of the run's. Empty lists: none,
         the method's own sizes decide.
     budget_scope : over what this method's count is fixed, instead of the run's: "head", "layer" or "model"
+    passive : "cpu" or "disk:<folder>": what the method evicts goes to a second tier, and may come back
+    recall_tokens, page_size : of the second tier, see `TieredCache`; by default recalled entries move back, in pages
+        of 16
     """
 
     name: str
@@ -70,6 +79,19 @@ class MethodConfig(Strict):
     compression_ratios: list[Ratio] | None = None
     budget_tokens: list[Tokens] | None = None
     budget_scope: Scope | None = None
+    passive: Annotated[str, BeforeValidator(_check_passive)] | None = None
+    recall_tokens: StrictInt | None = Field(default=None, ge=0)
+    page_size: StrictInt | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_tier(self) -> MethodConfig:
+        for key in ("recall_tokens", "page_size"):
+            if self.passive is None and getattr(self, key) is not None:
+                own = f" (the method's own {key} goes into args)" if key == "page_size" else ""
+                raise ValueError(
+                    f"{key}={getattr(self, key)} needs a second tier: give passive, cpu or disk:<folder>{own}"
+                )
+        return self
 
 
 def _method(value: Any) -> Any:
@@ -149,7 +171,7 @@ class EvalConfig(Strict):
     dtype, device, device_map, attn_implementation, trust_remote_code : how the model is loaded (load_model)
     seed : of the benchmarks' generators and of the random methods
     benchmarks : what is asked; `sparsekv ls tasks`
-    methods : names, or {name, args, label}
+    methods : names, or {name, args, label, …}
     compression_ratios : fractions of the context's entries to REMOVE, each in [0, 1)
     budget_tokens : entries to keep per kv head, instead of or beside the ratios. With neither, the methods'
         own sizes decide.
@@ -164,7 +186,8 @@ class EvalConfig(Strict):
     batch_cells : decode the cells of one example as one batch
     batch_rows : and so many examples of a task side by side, where memory allows; they are written down together
     cost_rows : rows per cell for the separate cost pass; 0 leaves the times null
-    cost_tasks : measure them on the first so many tasks only (times hardly depend on the task); None: on all
+    cost_tasks : measure them on the first so many tasks of each context length only (times hardly depend on the task);
+        None: on all
     cost_new_tokens : tokens each of those rows decodes (no token ends an answer, so that all decode as many)
     record_selections : examples per cell whose kept entries are written to output_dir/selections
     output_dir : where results go; the same command again resumes

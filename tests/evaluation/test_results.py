@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sparsekv.evaluation.cells import Cell, Setting, Task
 from sparsekv.evaluation.records import CostRow, PredictionRow, ResultRow
 from sparsekv.evaluation.results import comparable, result_row, standard_error
+from sparsekv.evaluation.tier import Tier
 
 CELL = Cell(
     Task("ruler", "vt", 1024),
@@ -21,7 +23,7 @@ IDENTITY = {"model": "m", "adapter": None, "dtype": "float32", "device": "cpu", 
 def prediction(score: float, achieved: float, n_bytes: int) -> PredictionRow:
     row: dict[str, Any] = dict.fromkeys(PredictionRow.__annotations__)
     row |= {"score": score, "achieved_compression": achieved, "attended_fraction": 1.0}
-    row |= {"cache_bytes": n_bytes, "full_cache_bytes": 2 * n_bytes, "commit": "abc"}
+    row |= {"cache_bytes": n_bytes, "full_cache_bytes": 2 * n_bytes, "commit": "abc", "passive_bytes": 0}
     return row  # type: ignore[return-value]
 
 
@@ -34,6 +36,8 @@ def cost(prefill_s: float, select_s: float | None, rate: float, peak: int | None
         decode_tokens_per_s=rate,
         peak_bytes=peak,
         new_tokens=16,
+        question_s=prefill_s / 10,
+        throughput_tokens_per_s=2 * rate,
     )
 
 
@@ -48,6 +52,8 @@ def test_means_of_predictions_and_medians_of_costs() -> None:
     assert (row["cache_bytes"], row["full_cache_bytes"], row["active_bytes"]) == (20, 40, 20)
     assert (row["prefill_s"], row["select_s"], row["decode_tokens_per_s"]) == (2.0, pytest.approx(0.3), 20.0)
     assert (row["peak_bytes"], row["passive_bytes"], row["attended_fraction"]) == (6, 0, 1.0)
+    assert (row["question_s"], row["throughput_tokens_per_s"]) == (0.2, 40.0)
+    assert (row["passive"], row["recall_tokens"], row["page_size"]) == (None, None, None)
     assert (row["method"], row["method_args"], row["compression_ratio"]) == (
         "snapkv",
         {"window_size": 8},
@@ -59,6 +65,24 @@ def test_means_of_predictions_and_medians_of_costs() -> None:
         1024,
         "abc",
     )
+
+
+def test_bytes_of_two_tiers_are_told_apart() -> None:
+    cell = replace(CELL, setting=replace(CELL.setting, tier=Tier("disk", recall_tokens=7, folder="x")))
+    rows = [prediction(1.0, 0.5, 10), prediction(1.0, 0.5, 30)]
+    rows[0]["passive_bytes"], rows[1]["passive_bytes"] = 6, 20
+    row = result_row(cell, "f1", rows, [], IDENTITY)
+    assert (row["cache_bytes"], row["active_bytes"], row["passive_bytes"]) == (20, 7, 13)
+    assert (row["passive"], row["recall_tokens"], row["page_size"]) == ("disk", 7, 16)
+
+
+def test_rows_of_earlier_versions_are_summed_up_too() -> None:
+    """They name no second tier, and their cost pass did not time the question."""
+    old, costs = prediction(1.0, 0.5, 10), cost(1.0, None, 10.0, None)
+    del old["passive_bytes"], costs["question_s"], costs["throughput_tokens_per_s"]  # type: ignore[misc]
+    row = result_row(CELL, "f1", [old, prediction(1.0, 0.5, 10)], [costs, costs], IDENTITY)
+    assert (row["active_bytes"], row["passive_bytes"], row["prefill_s"]) == (10, 0, 1.0)
+    assert row["question_s"] is row["throughput_tokens_per_s"] is None
 
 
 def test_costs_of_different_lengths_are_not_mixed() -> None:
@@ -74,7 +98,7 @@ def test_costs_of_different_lengths_are_not_mixed() -> None:
 
 def test_costs_that_were_not_measured_are_null() -> None:
     row = result_row(CELL, "string_match_all", [prediction(1.0, 0.5, 1)], [], IDENTITY)
-    for name in ("prefill_s", "select_s", "decode_tokens_per_s", "peak_bytes", "stderr"):
+    for name in ("prefill_s", "select_s", "question_s", "decode_tokens_per_s", "peak_bytes", "stderr"):
         assert row[name] is None  # type: ignore[literal-required]
 
 

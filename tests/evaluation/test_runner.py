@@ -105,6 +105,23 @@ def test_costs_can_be_measured_on_the_first_task_alone(toy_eval: Settings) -> No
     assert len(tasks) == 2 and timed == {tasks[0]}
 
 
+def test_costs_are_measured_on_the_first_tasks_of_every_length(toy_eval: Settings) -> None:
+    """The cost of a context depends on its length, hardly on its task."""
+    needle = {
+        "name": "needle",
+        "context_length": [400, 500],
+        "depths": [0, 100],
+        "rows": 1,
+        "max_new_tokens": 2,
+    }
+    settings = toy_eval(benchmarks=[needle], methods=["full"], cost_rows=1, cost_tasks=1, cost_new_tokens=2)
+    counting = Counting()
+    outcome = run(settings, counting)
+    assert counting.starts == [("answers", 4, 0), ("costs", 2, 0)]
+    timed = [row["context_length"] for row in outcome.results if row["prefill_s"] is not None]
+    assert len(outcome.results) == 4 and timed == [400, 500]
+
+
 def test_costs_are_measured_again_when_their_length_changes(toy_eval: Settings) -> None:
     settings = toy_eval(methods=["full"], cost_rows=2, cost_tasks=1, cost_new_tokens=2)
     first = run(settings).results[0]
@@ -187,7 +204,7 @@ def test_new_tasks_extend_a_folder(toy_eval: Settings, toy_data: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_results_so_far(toy_eval: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = toy_eval(methods=["full"])
+    settings = toy_eval(methods=["full"], batch_rows=1)  # four writes; the third fails
     real = os.write
     written = []
 

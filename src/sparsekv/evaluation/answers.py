@@ -1,7 +1,7 @@
 """Answers of many methods to some prompts: one prefill per prompt, compacted copies, one batch for all.
 
 What can't share the prefill (methods that change it, chunked reading, eviction while decoding) or the batch (methods
-that choose at every step what to read, which holds for all rows of a cache) gets its own.
+that choose at every step what to read, caches of two tiers) gets its own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from sparsekv.cache.join import can_join
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
-from sparsekv.cache.steps import attended_fraction, step_bytes
+from sparsekv.cache.steps import step_bytes
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.cells import Setting
 from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.perplexity import continuation_perplexity
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.reply import Reply
+from sparsekv.evaluation.tier import attended, close_tier, passive_bytes
 from sparsekv.generation import Asked, compress, decode_together
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.probe import Prefilled, Request, prefill
@@ -75,7 +76,7 @@ class Answerer:
         """Whether eviction after an ordinary prefill, which then serves all such settings, is all there is to it."""
         policy = self.policy(setting)
         alone = policy.own_prefill or policy.rerotate or policy.by_step or isinstance(policy, NativePolicy)
-        return not alone and setting.phase == "prefill" and setting.chunk is None
+        return not alone and setting.phase == "prefill" and setting.chunk is None and setting.tier is None
 
     def answer(self, prompt: Prompt, settings: Sequence[Setting]) -> list[Reply]:
         """One reply per setting, in order."""
@@ -124,6 +125,7 @@ class Answerer:
         cache = self.compress(prompt, setting)
         read = trace_of(cache)
         if setting.phase == "prefill":
+            close_tier(cache)
             return read
         self._respond([(prompt, cache)])
         answered = trace_of(cache)
@@ -139,7 +141,19 @@ class Answerer:
         return prefill(self.model, ids, requests, tokenizer=self.tokenizer, seed=seed)
 
     def compress(self, prompt: Prompt, setting: Setting) -> SparseCache:
-        """The compacted cache of a setting that needs its own prefill (not a native one)."""
+        """The compacted cache of a setting that needs its own prefill (not a native one); `close_tier` it after use."""
+        tiered: SparseCache | None = None
+        try:
+            if setting.tier is not None:
+                active = setting.budget.n_kept(prompt.context_tokens)
+                tiered = setting.tier.empty_cache(self.model, active)
+            return self._compressed(prompt, setting, tiered)
+        except BaseException:
+            if tiered is not None:
+                close_tier(tiered)
+            raise
+
+    def _compressed(self, prompt: Prompt, setting: Setting, cache: SparseCache | None) -> SparseCache:
         too_long = prompt.total_tokens > self.longest
         try:
             return compress(
@@ -149,6 +163,7 @@ class Answerer:
                 setting.budget,
                 chunk=setting.chunk,
                 phase=setting.phase,  # type: ignore[arg-type]
+                cache=cache,
                 rerotate=True if too_long else None,
                 tokenizer=self.tokenizer,
                 seeds=(example_seed(self.seed, prompt.example.example_id),),
@@ -193,7 +208,13 @@ class Answerer:
                 self.model, self.tokenizer, prompt, policy, setting.budget, end_ids(self.model)
             )
         cache = self.compress(prompt, setting)
-        sizes = self._sizes(cache)
+        try:
+            return self._reply_of(cache, prompt, setting)
+        finally:
+            close_tier(cache)
+
+    def _reply_of(self, cache: SparseCache, prompt: Prompt, setting: Setting) -> Reply:
+        sizes, passive = self._sizes(cache), passive_bytes(cache)
         (((text, reason, perplexity),),) = self._respond([(prompt, cache)])
         if setting.phase != "prefill":
             sizes = self._sizes(cache)
@@ -205,7 +226,8 @@ class Answerer:
             n_bytes + step_bytes(cache),
             full_bytes,
             perplexity=perplexity,
-            attended_fraction=attended_fraction(cache),
+            attended_fraction=attended(cache),
+            passive_bytes=passive,
         )
 
     @staticmethod

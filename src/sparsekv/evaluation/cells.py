@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsekv.config import EvalConfig, MethodConfig
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.tier import Tier, tier_options
 from sparsekv.policies import METHODS, list_methods, make_policy
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.policies.budget import Budget, Scope
@@ -30,6 +31,7 @@ class Setting:
     label : what tables call it (does not define the cell)
     compression_ratio, budget_tokens : at most one is given
     budget_scope, phase, query_aware, chunk : as in the config
+    tier : where what the method evicts goes; None: it is lost
     """
 
     method: str
@@ -41,6 +43,7 @@ class Setting:
     phase: str
     query_aware: bool
     chunk: int | None
+    tier: Tier | None = None
 
     @property
     def budget(self) -> Budget:
@@ -86,19 +89,24 @@ class Cell:
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         setting = self.setting
         budget = setting.shown_budget.replace(" tokens", "t")
-        readable = f"{str(self.task).replace('/', '.')}.{setting.method}.{budget}"
+        tier = "" if setting.tier is None else f".passive_{setting.tier.passive}"
+        readable = f"{str(self.task).replace('/', '.')}.{setting.method}.{budget}{tier}"
         return f"{re.sub(r'[^A-Za-z0-9_.()-]+', '_', readable)}.{digest}"
 
     def definition(self) -> dict[str, Any]:
         """All that defines the cell, and its label, as JSON."""
-        return {**asdict(self.task), **asdict(self.setting)}
+        found = {**asdict(self.task), **asdict(self.setting)}
+        del found["tier"]
+        # Cells of one tier have the ids that they had before there were two.
+        tier = self.setting.tier
+        return found if tier is None else {**found, "tier": tier.definition()}
 
     @classmethod
     def from_definition(cls, definition: dict[str, Any]) -> Cell:
         """The inverse of `definition`."""
         parts = dict(definition)
         task = Task(parts.pop("benchmark"), parts.pop("task"), parts.pop("context_length"))
-        return cls(task, Setting(**parts))
+        return cls(task, Setting(**parts | {"tier": Tier.from_definition(parts.get("tier"))}))
 
 
 def settings(config: EvalConfig) -> list[Setting]:
@@ -110,24 +118,25 @@ def settings(config: EvalConfig) -> list[Setting]:
         For an unknown method, parameters it does not take, or the same setting twice.
     """
     found: list[Setting] = []
-    labels: dict[str, tuple[str, dict[str, Any]]] = {}
+    labels: dict[str, tuple[str, dict[str, Any], Tier | None]] = {}
     for method in config.methods:
-        name = resolve(method.name)
+        name, tier = resolve(method.name), Tier.of(method)
         for ratio, tokens in _budgets(config, method, name):
             setting = Setting(
                 method=name,
                 args=dict(method.args),
-                label=name if name == UNCOMPRESSED else method.label or shown(name, method.args),
+                label=name if name == UNCOMPRESSED else method.label or shown(name, method.args, tier),
                 compression_ratio=ratio,
                 budget_tokens=tokens,
                 budget_scope="head" if name == UNCOMPRESSED else method.budget_scope or config.budget_scope,
                 phase="prefill" if name == UNCOMPRESSED else config.phase,
                 query_aware=config.query_aware,
                 chunk=config.chunk,
+                tier=tier,
             )
             setting = in_own_phase(setting)
-            other = labels.setdefault(setting.label, (name, setting.args))
-            if other != (name, setting.args):
+            other = labels.setdefault(setting.label, (name, setting.args, tier))
+            if other != (name, setting.args, tier):
                 raise ConfigError(f"label '{setting.label}' stands for two methods; give each its own label")
             if setting in found:
                 raise ConfigError(f"method '{name}' with budget {setting.shown_budget} is listed twice")
@@ -157,9 +166,12 @@ def in_own_phase(setting: Setting) -> Setting:
     return replace(setting, phase=own) if own is not None and setting.phase == "prefill" else setting
 
 
-def shown(method: str, args: Mapping[str, Any]) -> str:
-    """A method in a table: its name, and its parameters where some were given."""
-    return f"{method}[{', '.join(f'{k}={v}' for k, v in sorted(args.items()))}]" if args else method
+def shown(method: str, args: Mapping[str, Any], tier: Tier | None = None) -> str:
+    """A method in a table: its name, and its parameters and those of its second tier where some were given."""
+    parts = sorted(args.items())
+    if tier is not None:
+        parts += tier_options(tier.passive, tier.recall_tokens, tier.page_size).items()
+    return f"{method}[{', '.join(f'{k}={v}' for k, v in parts)}]" if parts else method
 
 
 def shown_budget(compression_ratio: float | None, budget_tokens: int | None) -> str:

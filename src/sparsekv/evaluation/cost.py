@@ -22,6 +22,7 @@ from sparsekv.evaluation.cells import Cell, Setting
 from sparsekv.evaluation.native import native_times
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.records import CostRow
+from sparsekv.evaluation.tier import close_tier
 from sparsekv.generation import greedy_decode
 from sparsekv.policies.base import NativePolicy
 
@@ -75,7 +76,8 @@ def read_alone(
 ) -> tuple[SparseCache, float, float | None]:
     """A setting's compacted cache (not of a native method), with the seconds to read the context and to select.
 
-    Selecting is scoring, choosing and compacting; None where a method's eviction is part of its prefill.
+    `close_tier` the cache after use. Selecting is scoring, choosing and compacting; None where a method's eviction is
+    part of its prefill.
     """
     begin = _now(answerer.model)
     if not answerer.shares_prefill(setting):
@@ -94,23 +96,24 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
     -------
     CostRow
         `prefill_s`: reading the context; `select_s`: scoring, choosing and compacting (None where a method's
-        eviction is part of its prefill); `decode_tokens_per_s`: of the `new_tokens` after the first; `peak_bytes`:
-        see `PeakMemory`.
+        eviction is part of its prefill); `question_s`: reading the question, which gives the first token (None where
+        that is part of the prefill); `decode_tokens_per_s`: of the `new_tokens` after the first;
+        `throughput_tokens_per_s`: all `new_tokens` over all these seconds; `peak_bytes`: see `PeakMemory`.
     """
     setting, model = cell.setting, answerer.model
     peak = PeakMemory(model.device)
     policy = answerer.policy(setting)
     select_s: float | None = None
+    question_s: float | None = None
     if isinstance(policy, NativePolicy):
         prefill_s, rate = native_times(model, answerer.tokenizer, prompt, policy, setting.budget, n_tokens)
     else:
         cache, prefill_s, select_s = read_alone(answerer, prompt, setting)
-        ids = prompt.question_ids.to(model.device)
-        first = greedy_decode(model, cache, ids, 1, ())[0].token_ids
-        last = torch.tensor([first], device=model.device)
-        begin = _now(model)
-        greedy_decode(model, cache, last, n_tokens - 1, ())
-        rate = (n_tokens - 1) / max(_now(model) - begin, 1e-9)
+        try:
+            question_s, rate = _answer_times(model, cache, prompt, n_tokens)
+        finally:
+            close_tier(cache)
+    seconds = prefill_s + (select_s or 0.0) + (question_s or 0.0) + (n_tokens - 1) / rate
     return CostRow(
         cell_id=cell.cell_id,
         example_id=prompt.example.example_id,
@@ -119,7 +122,20 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
         decode_tokens_per_s=rate,
         peak_bytes=peak.read(),
         new_tokens=n_tokens,
+        question_s=question_s,
+        throughput_tokens_per_s=n_tokens / seconds,
     )
+
+
+def _answer_times(model: Any, cache: SparseCache, prompt: Prompt, n_tokens: int) -> tuple[float, float]:
+    """(seconds until the answer's first token, tokens per second of the rest)."""
+    ids = prompt.question_ids.to(model.device)
+    begin = _now(model)
+    first = greedy_decode(model, cache, ids, 1, ())[0].token_ids
+    last = torch.tensor([first], device=model.device)
+    answering = _now(model)
+    greedy_decode(model, cache, last, n_tokens - 1, ())
+    return answering - begin, (n_tokens - 1) / max(_now(model) - answering, 1e-9)
 
 
 def can_measure(setting: Setting, prompt: Prompt, answerer: Answerer) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.steps import reads_by_step
+from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 
 LOGITS_AT_ONCE = 2**25
@@ -36,8 +37,8 @@ def continuation_perplexity(model: Any, cache: SparseCache, token_ids: Tensor) -
     rows = cache.batch
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     step = max(1, LOGITS_AT_ONCE // (rows * vocabulary))
-    if reads_by_step(cache):
-        step = 1  # several tokens at once read everything that is stored
+    if reads_by_step(cache) or isinstance(cache, TieredCache):
+        step = 1  # several tokens at once read all that is stored, or what the last of them recall
     nll = torch.zeros(rows, dtype=torch.float64)
     for begin in range(0, total - 1, step):
         piece = token_ids[:, begin : min(begin + step, total - 1)].expand(rows, -1)

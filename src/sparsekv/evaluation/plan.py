@@ -179,6 +179,8 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 always = policy.joint or policy.whole_context
                 what = name if always else f"{name}: budget_scope {scope}"
                 raise ConfigError(f"{what} needs the whole context at once: no chunk, phase prefill")
+        if setting.tier is not None:
+            _check_tier(setting, policy, advice)
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
         elif (
@@ -188,6 +190,28 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
             and not setting.budget.given
         ):
             raise ConfigError(f"{name} needs a budget; give {advice.budget}")
+
+
+def _check_tier(setting: Setting, policy: Policy, advice: Advice) -> None:
+    """Raise a ConfigError for a method whose evicted entries can't be kept in a passive tier."""
+    name = f"method '{setting.method}'"
+    why: str | None = None
+    if setting.method == UNCOMPRESSED:
+        why = "evicts nothing"
+    elif isinstance(policy, NativePolicy):
+        why = "runs only by kvpress's own hooks, in a cache of one tier"
+    elif policy.by_step:
+        why = "chooses at every step what to read, as a passive tier does"
+    elif policy.rerotate:
+        why = "re-rotates keys, and a recalled key has the position that it was computed with"
+    if why is not None:
+        raise ConfigError(f"{name} {why}; remove passive")
+    if setting.phase != "prefill":
+        raise ConfigError(
+            f"{name} with a passive tier evicts once, and the active tier keeps its size by itself; use phase: prefill"
+        )
+    if not setting.budget.given:
+        raise ConfigError(f"{name} needs a budget, the size of its active tier; give {advice.budget}")
 
 
 def try_budgets(
@@ -208,6 +232,11 @@ def try_budgets(
                 raise ConfigError(
                     f"{advice.task.format(task)} has {too_long} tokens, the model allows {longest}: method "
                     f"'full' keeps all of them, so it can't read them in chunks; {advice.full_in_chunks}"
+                )
+            if too_long > longest and setting.tier is not None:
+                raise ConfigError(
+                    f"{advice.task.format(task)} has {too_long} tokens, the model allows {longest}: keys are "
+                    f"re-rotated beyond that, which a passive tier can't; remove passive of method '{setting.method}'"
                 )
             policy = setting.policy()
             if isinstance(policy, TokenPolicy):

@@ -17,7 +17,8 @@ SCHEMA_VERSION = 1
 class PredictionRow(TypedDict):
     """One line of predictions.jsonl: one example in one cell.
 
-    Up to `evidence` the keys are the public schema; the rest is what the rows of results.jsonl are made of.
+    Up to `evidence` the keys are the public schema; the rest is what the rows of results.jsonl are made of. Rows of
+    earlier versions lack the last ones.
     """
 
     cell_id: str
@@ -37,10 +38,14 @@ class PredictionRow(TypedDict):
     attended_fraction: float
     commit: str | None
     max_new_tokens: int
+    passive_bytes: int
 
 
 class CostRow(TypedDict):
-    """One line of costs.jsonl: one example in one cell, measured alone. Seconds, bytes, tokens per second."""
+    """One line of costs.jsonl: one example in one cell, measured alone. Seconds, bytes, tokens per second.
+
+    Rows of earlier versions lack the last ones.
+    """
 
     cell_id: str
     example_id: str
@@ -49,6 +54,8 @@ class CostRow(TypedDict):
     decode_tokens_per_s: float
     peak_bytes: int | None
     new_tokens: int
+    question_s: float | None
+    throughput_tokens_per_s: float
 
 
 class ResultRow(TypedDict):
@@ -60,6 +67,9 @@ class ResultRow(TypedDict):
     adapter: str | None
     method: str
     method_args: dict[str, Any]
+    passive: str | None
+    recall_tokens: int | None
+    page_size: int | None
     phase: str
     query_aware: bool
     compression_ratio: float | None
@@ -80,7 +90,9 @@ class ResultRow(TypedDict):
     passive_bytes: float
     prefill_s: float | None
     select_s: float | None
+    question_s: float | None
     decode_tokens_per_s: float | None
+    throughput_tokens_per_s: float | None
     peak_bytes: float | None
     dtype: str
     device: str

@@ -51,7 +51,9 @@ def result_row(
     """
     scores = [row["score"] for row in predictions]
     setting = cell.setting
+    tier = setting.tier
     cache_bytes = _mean(row["cache_bytes"] for row in predictions)
+    passive_bytes = _mean(row.get("passive_bytes") or 0 for row in predictions)
     return ResultRow(
         schema_version=SCHEMA_VERSION,
         cell_id=cell.cell_id,
@@ -59,6 +61,9 @@ def result_row(
         adapter=identity["adapter"],
         method=setting.method,
         method_args=setting.args,
+        passive=None if tier is None else tier.passive,
+        recall_tokens=None if tier is None else tier.recall_tokens,
+        page_size=None if tier is None else tier.page_size,
         phase=setting.phase,
         query_aware=setting.query_aware,
         compression_ratio=setting.compression_ratio,
@@ -75,11 +80,13 @@ def result_row(
         n=len(scores),
         cache_bytes=cache_bytes,
         full_cache_bytes=_mean(row["full_cache_bytes"] for row in predictions),
-        active_bytes=cache_bytes,
-        passive_bytes=0.0,
+        active_bytes=cache_bytes - passive_bytes,
+        passive_bytes=passive_bytes,
         prefill_s=_median([row["prefill_s"] for row in costs]),
         select_s=_median([row["select_s"] for row in costs]),
+        question_s=_median([row.get("question_s") for row in costs]),
         decode_tokens_per_s=_median([row["decode_tokens_per_s"] for row in costs]),
+        throughput_tokens_per_s=_median([row.get("throughput_tokens_per_s") for row in costs]),
         peak_bytes=_median([row["peak_bytes"] for row in costs]),
         dtype=identity["dtype"],
         device=identity["device"],

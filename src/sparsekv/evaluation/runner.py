@@ -20,7 +20,7 @@ from sparsekv.benchmarks.scoring import METRICS
 from sparsekv.config import EvalConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.answers import Answerer
-from sparsekv.evaluation.cells import Cell
+from sparsekv.evaluation.cells import Cell, Task
 from sparsekv.evaluation.cost import can_measure, measure, quick_collections
 from sparsekv.evaluation.folder import RunFolder, check_identity
 from sparsekv.evaluation.identity import commit, identity, machine, versions
@@ -252,7 +252,8 @@ class _Run:
             (row["cell_id"], row["example_id"]) for row in self.costs if row.get("new_tokens") == n_tokens
         }
         todo: list[tuple[Cell, Prompt]] = []
-        for task, prompts in list(self.plan.prompts.items())[: self.config.cost_tasks]:
+        for task in self._measured_tasks():
+            prompts = self.plan.prompts[task]
             for setting in self.plan.settings:
                 cell = Cell(task, setting)
                 todo += [
@@ -271,6 +272,14 @@ class _Run:
                 self.folder.costs.append([row])
                 self.costs.append(row)
                 self.progress.advance(1)
+
+    def _measured_tasks(self) -> list[Task]:
+        """The first `cost_tasks` tasks of each context length."""
+        of_length: dict[int | None, list[Task]] = {}
+        for task in self.plan.prompts:
+            of_length.setdefault(task.context_length, []).append(task)
+        first = {task for tasks in of_length.values() for task in tasks[: self.config.cost_tasks]}
+        return [task for task in self.plan.prompts if task in first]
 
     # ---- summing up
     # -------------------------------------------------------------------------------------------------
@@ -339,6 +348,7 @@ def prediction_row(cell_id: str, prompt: Prompt, reply: Reply, commit: str | Non
         attended_fraction=reply.attended_fraction,
         commit=commit,
         max_new_tokens=prompt.max_new_tokens,
+        passive_bytes=reply.passive_bytes,
     )
 
 
