@@ -11,9 +11,9 @@ from rich.console import Console
 
 from sparsekv.evaluation.records import ResultRow
 from sparsekv.reporting.plots import scores_png
-from sparsekv.reporting.report import write_report
+from sparsekv.reporting.report import results_page, write_report
 from sparsekv.reporting.summary import summarize
-from sparsekv.reporting.tables import notes, results_page, to_markdown, to_rich
+from sparsekv.reporting.tables import notes, to_markdown, to_rich
 
 
 def row(method: str, ratio: float, task: str, score: float, **changes: Any) -> ResultRow:

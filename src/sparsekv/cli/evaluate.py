@@ -58,6 +58,7 @@ def _evaluate_model(config: EvalConfig, command: str) -> None:
     from sparsekv.cli.progress import Bar
     from sparsekv.evaluation.folder import RunFolder
     from sparsekv.evaluation.runner import run_evaluation
+    from sparsekv.reporting.by_context import by_context, context_grid
     from sparsekv.reporting.report import write_report
     from sparsekv.reporting.summary import summarize
     from sparsekv.reporting.tables import labels_of, notes, to_rich
@@ -73,6 +74,9 @@ def _evaluate_model(config: EvalConfig, command: str) -> None:
     console, width = _console()
     summary = summarize(outcome.results, labels_of(outcome.run))
     console.print(to_rich(summary, width))
+    lengths = by_context(outcome.results, labels_of(outcome.run))
+    if lengths is not None:
+        console.print(context_grid(lengths).rich(width))
     for note in notes(summary):
         _tell(console, note, style="dim", soft_wrap=False)
     files = ", ".join(["results.jsonl", "predictions.jsonl", "run.json", *written])

@@ -1,4 +1,4 @@
-"""The table of a run: for the terminal and for results.md."""
+"""The table of a run, for the terminal and for a page, and the facts of the run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekv.evaluation.records import ResultRow
 from sparsekv.evaluation.results import joined_commits
-from sparsekv.reporting.summary import Line, Summary, summarize
+from sparsekv.reporting.summary import Line, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MEGABYTE = 1e6
 LEAD = ("method", "requested", "achieved", "average")
-TRAIL = ("cache MB", "tokens/s")
 
 
 def labels_of(run: Mapping[str, Any]) -> dict[str, str]:
@@ -22,21 +21,52 @@ def labels_of(run: Mapping[str, Any]) -> dict[str, str]:
     return {cell_id: definition["label"] for cell_id, definition in run["cells"].items()}
 
 
-def _cells(line: Line, columns: Sequence[str]) -> list[str]:
-    """The texts of one line, in the order of LEAD, the task columns and TRAIL."""
+def _trail(summary: Summary) -> list[str]:
+    """The columns after the tasks: only what tells lines apart."""
+    tiers = any(line.passive_bytes for line in summary.lines)
+    steps = any(line.attended < 1 for line in summary.lines)
+    return [
+        *(["active MB", "passive MB"] if tiers else ["cache MB"]),
+        *(["attended"] if steps else []),
+        "tokens/s",
+    ]
+
+
+def _cells(line: Line, columns: Sequence[str], trail: Sequence[str]) -> list[str]:
+    """The texts of one line, in the order of LEAD, the task columns and the trail."""
     average = "–" if line.average is None else f"{line.average:.1f}{'' if line.complete else '*'}"
     scores = [f"{line.scores[name]:.1f}" if name in line.scores else "–" for name in columns]
-    speed = "–" if line.tokens_per_s is None else f"{line.tokens_per_s:.1f}"
+    last = {
+        "cache MB": f"{line.cache_bytes / MEGABYTE:.2f}",
+        "active MB": f"{(line.cache_bytes - line.passive_bytes) / MEGABYTE:.2f}",
+        "passive MB": f"{line.passive_bytes / MEGABYTE:.2f}" if line.passive_bytes else "–",
+        "attended": f"{line.attended:.2f}",
+        "tokens/s": "–" if line.tokens_per_s is None else f"{line.tokens_per_s:.1f}",
+    }
     lead = [line.method, line.requested, f"{line.achieved:.3f}", average]
-    return [*lead, *scores, f"{line.cache_bytes / MEGABYTE:.2f}", speed]
+    return [*lead, *scores, *(last[name] for name in trail)]
+
+
+PASSIVE_NOTE = (
+    "passive MB: what left the active tier and may come back, page summaries included; in slower memory"
+)
+ATTENDED_NOTE = (
+    "attended: the fraction of what is stored, in both tiers, that the answer's last step attended to"
+)
 
 
 def notes(summary: Summary) -> list[str]:
     """What a reader must know to read the table."""
+    trail = _trail(summary)
+    where = " of the active tier" if "passive MB" in trail else ""
     found = [
         "requested: compression_ratio, the fraction of the context's entries to remove; achieved: the fraction "
-        "really removed; cache MB: 10^6 bytes after the context was compacted, mean over rows",
+        f"really removed{where}; MB: 10^6 bytes after the context was compacted, mean over rows",
     ]
+    if "passive MB" in trail:
+        found.append(PASSIVE_NOTE)
+    if "attended" in trail:
+        found.append(ATTENDED_NOTE)
     if any(line.tokens_per_s is not None for line in summary.lines):
         found.append("tokens/s: decoding, each method alone, batch 1")
     lower = [name for name in summary.columns if name not in summary.percentages]
@@ -49,10 +79,11 @@ def notes(summary: Summary) -> list[str]:
 
 def to_markdown(summary: Summary) -> str:
     """A GitHub table."""
-    header = [*LEAD, *summary.columns, *TRAIL]
+    trail = _trail(summary)
+    header = [*LEAD, *summary.columns, *trail]
     lines = ["| " + " | ".join(header) + " |"]
     lines.append("| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |")
-    lines += ["| " + " | ".join(_cells(line, summary.columns)) + " |" for line in summary.lines]
+    lines += ["| " + " | ".join(_cells(line, summary.columns, trail)) + " |" for line in summary.lines]
     return "\n".join(lines) + "\n"
 
 
@@ -62,13 +93,13 @@ def to_rich(summary: Summary, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    columns = list(summary.columns)
-    rows = [_cells(line, columns) for line in summary.lines]
-    if _needed([*LEAD, *columns, *TRAIL], rows) > width:
+    columns, trail = list(summary.columns), _trail(summary)
+    rows = [_cells(line, columns, trail) for line in summary.lines]
+    if _needed([*LEAD, *columns, *trail], rows) > width:
         columns = []
-        rows = [_cells(line, columns) for line in summary.lines]
+        rows = [_cells(line, columns, trail) for line in summary.lines]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate([*LEAD, *columns, *TRAIL]):
+    for index, name in enumerate([*LEAD, *columns, *trail]):
         title = _wrapped(name) if name in columns else name
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for line, cells in zip(summary.lines, rows, strict=True):
@@ -123,11 +154,6 @@ def facts_table(facts: Mapping[str, str]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in facts.items()) + "\n"
 
 
-def results_page(rows: Sequence[ResultRow], run: Mapping[str, Any], picture: str | None) -> str:
-    """results.md: the table, and all that is needed to get it again."""
-    summary = summarize(rows, labels_of(run))
-    parts = ["# Results\n", to_markdown(summary), "\n".join(f"- {note}" for note in notes(summary)) + "\n"]
-    if picture is not None:
-        parts.append(f"![average score against achieved compression]({picture})\n")
-    parts.append(facts_table(facts_of(rows, run)))
-    return "\n".join(parts)
+def listed(notes: Sequence[str]) -> str:
+    """Notes as a Markdown list."""
+    return "\n".join(f"- {note}" for note in notes) + "\n"
