@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsekv.cache import disk, disk_log, entry_log, memory
+from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.pages import page_bounds
+from sparsekv.cache.passive import PassiveStore
 from sparsekv.errors import ConfigError
 
 
@@ -143,3 +149,49 @@ def test_keys_without_a_bound_and_queries_that_do_not_fit_are_refused() -> None:
         store.bounds_layer(0, torch.zeros(1, 1, 1, 1))
     assert store.bounds(5, 0, 0, torch.zeros(1, 1))[1] == []
     assert store.bounds_layer(5, torch.zeros(2, 3, 4, 1)).scores.shape == (2, 3, 4, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_summary_that_lags_is_no_lower_than_any_key_once_slots_are_given_anew(
+    where: str, seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bounds are asked for now and then; in between entries leave, their room is reclaimed and used again."""
+    monkeypatch.setattr(entry_log, "_SLACK", 0)
+    monkeypatch.setattr(memory, "_SMALLEST", 4)
+    monkeypatch.setattr(disk, "_SMALLEST_FILE", 1)
+    monkeypatch.setattr(disk_log, "_BLOCK_SHIFT", 2)
+    monkeypatch.setattr(disk_log, "BLOCK_ROWS", 4)
+    monkeypatch.setattr("sparsekv.cache.disk_manifest.BLOCK_ROWS", 4)
+    for run in range(12 if where == "memory" else 4):
+        draw = random.Random(100 * seed + run)
+        numbers = torch.Generator().manual_seed(100 * seed + run)
+        store: PassiveStore = MemoryStore(4)
+        if where == "disk":
+            store = DiskStore(tmp_path / str(run), page_size=4, file_bytes=300)
+        truth: dict[int, dict[int, torch.Tensor]] = {0: {}, 1: {}}
+        column = 0
+        for _ in range(60):
+            head = draw.randrange(2)
+            if draw.random() < 0.5:
+                columns = torch.arange(column, column + draw.randrange(1, 9))
+                column += len(columns)
+                keys = torch.randn(len(columns), 4, generator=numbers)
+                store.put(0, 0, head, columns, keys, keys)
+                truth[head].update(zip(columns.tolist(), keys, strict=True))
+            elif truth[head]:
+                held = list(truth[head])
+                leaving = draw.sample(held, draw.choice([len(held), draw.randrange(1, len(held) + 1)]))
+                store.take(0, 0, head, torch.tensor(leaving))
+                for each in leaving:
+                    del truth[head][each]
+            if draw.random() < 0.2:
+                store.flush()
+            if draw.random() < 0.4:
+                query = torch.cat([torch.eye(4), -torch.eye(4)])
+                for head, held_now in truth.items():
+                    scores, pages = store.bounds(0, 0, head, query)
+                    for page, of_page in enumerate(pages):
+                        real = query @ torch.stack([held_now[c] for c in of_page.tolist()]).T
+                        torch.testing.assert_close(scores[:, page], real.amax(dim=1))
+        store.close()

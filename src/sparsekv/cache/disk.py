@@ -118,7 +118,7 @@ class DiskStore(PassiveStore):
         try:
             if self._disk is not None:
                 self._reclaim(self._disk)
-                self._disk.drop_dead(self._live(self._disk))
+                self._drop_dead(self._disk)
                 for chunk in self._disk.files().values():
                     chunk.sync()
             self._manifest = self._written()

@@ -178,12 +178,22 @@ class Holdings(ABC):
         if not log.crowded(n_live, moving=log.moves_on_take or not taking):
             return
         if taking and not log.moves_on_take:
-            log.drop_dead(self._live(log))
+            self._drop_dead(log)
             return
+        self._forget_changed(log)
         table = log.collect(self._live(log), n_live)
         if table is not None:
             for holder in self._holders(log):
                 holder.remap(table)
+
+    def _drop_dead(self, log: EntryLog) -> None:
+        """Give back chunks in which nothing is left."""
+        self._forget_changed(log)
+        log.drop_dead(self._live(log))
+
+    def _forget_changed(self, log: EntryLog) -> None:
+        for holder in self._holders(log):
+            holder.forget_changed()
 
     def _forget_held(self) -> None:
         for log in self._logs():

@@ -7,7 +7,8 @@ Quest (arXiv 2406.10774, section 3.3): with the elementwise minimum and maximum 
     q . k  <=  sum over d of max(q_d * min_d, q_d * max_d)      for every key k of the page
 
 The sum is split by the sign of q_d, so that it is one matrix product: relu(q) . max - relu(-q) . min.
-A summary remembers which slots it summarises, so it can't go stale: where a page's slots are others, it is made again.
+A summary remembers which slots it summarises: where a page's slots are others, it is made again. Slot numbers are given
+anew once their entries are gone, so before that whoever reclaims room calls `LayerIndex.forget_changed`.
 """
 
 from __future__ import annotations
@@ -100,6 +101,14 @@ class PageSummaries:
             flat[torch.from_numpy(which).to(there)] = extremes.to(there)
             before[which] = slots
 
+    def forget_changed(self, slot: Ints) -> None:
+        """Make anew, at the next `update`, the summaries of pages whose slots [B, H, R] are others by now."""
+        rows, heads, room = (min(a, b) for a, b in zip(self.of.shape, slot.shape, strict=True))
+        of = self.of[:rows, :heads, :room]
+        paged = (rows, heads, room // self.page_size, self.page_size)
+        other = (of != slot[:rows, :heads, :room]).reshape(paged).any(axis=3)
+        of[np.repeat(other, self.page_size, axis=2)] = NONE
+
     def bounds(self, query: Tensor, row: int, head: int) -> Tensor:
         """Bounds [G, P] of one (row, kv head) for queries [G, D], once `update` was called."""
         extremes = self.extremes[row, head]
@@ -171,6 +180,13 @@ class LayerIndex:
         """Close the holes that entries left, if they are more than half."""
         if self.places.has_holes:
             self.pages.reorder(self.places.squeeze())
+
+    def forget_changed(self) -> None:
+        """Call it before slots that nothing holds any more can be given anew.
+
+        A summary that lags behind would take another entry in an old slot for the one it knew.
+        """
+        self.pages.forget_changed(self.places.slot)
 
     def take_rows(self, rows: Ints) -> None:
         """New row i is old row `rows[i]`."""
