@@ -221,3 +221,30 @@ def test_the_gain_is_judged_on_texts_that_were_not_trained_on() -> None:
         assert {(spec.haystack, spec.squad) for spec in config.benchmarks} == {("book_eval", "builtin")}
         assert config.benchmarks[0].rows == 100 and config.benchmarks[0].tasks is None
         assert config.compare is not None and config.compare.min_baseline_score == 20
+
+
+def test_frozen_predictors_are_judged_on_the_same_rows_as_adapters() -> None:
+    ours, theirs = (
+        load_eval_config(CONFIGS / f"{name}.yaml") for name in ("relevance_vs_base", "eit_vs_base")
+    )
+    assert ours.benchmarks == [theirs.benchmarks[0]] and ours.seed == theirs.seed and not ours.query_aware
+    assert ours.compare == theirs.compare and ours.compression_ratios == [0.7, 0.8]
+    assert {m.name for m in theirs.methods} == {m.name for m in ours.methods}
+    base, two_pass, relevance = ours.variants
+    assert base.changes() == {} and [m.name for m in two_pass.methods or []] == ["kvzip"]
+    assert {(m.name, m.passive, m.budget_scope) for m in relevance.methods or []} == {
+        ("atskv", None, "model"),
+        ("relevance", None, "model"),
+        ("atskv", "cpu", "model"),
+    }
+
+
+def test_the_experiment_of_the_issue_is_complete() -> None:
+    config = load_eval_config(CONFIGS / "atskv.yaml")
+    assert config.benchmarks[0].context_length == [512, 1024, 2048, 4096]
+    names = [(m.name, m.passive) for m in config.methods]
+    assert names == [
+        *((name, None) for name in ("full", "sliding_window", "dynamic_kv", "rocket_kv", "atskv")),
+        ("atskv", "cpu"),
+    ]
+    assert config.cost_rows and config.cost_tasks and config.adapter == "adapters/smollm2-135m-relevance"
