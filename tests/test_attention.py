@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Scatter, SmallKeys
 from sparsekv.attention import prepare
+from sparsekv.cache.factory import make_cache
+from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.masked import selection_bias
@@ -111,6 +113,26 @@ def test_a_selection_and_a_compacted_cache_contradict_each_other():
     cache = compress(model, ids[:, :T], Ends(), 0.5)
     with pytest.raises(ConfigError, match="can't be given with a cache that has been compacted"):
         model(input_ids=ids[:, T:], past_key_values=cache, selection=Selection.full(torch.ones(1, T + Q)))
+
+
+def test_a_selection_and_a_cache_that_reads_a_part_contradict_each_other():
+    """Both caches still hold every entry; their readers would go by the unmasked cache in silence."""
+    model = prepare(tiny_model("llama"))
+    ids = torch.randint(3, 250, (1, T + Q), generator=torch.Generator().manual_seed(1))
+    everything = Selection.full(torch.ones(1, T + Q))
+    over_its_size = TieredCache(model, T + Q - 1)
+    within_its_size = TieredCache(model, T + Q)
+    for cache in (over_its_size, within_its_size, quest := make_cache("quest", model, 16)):
+        with torch.no_grad():
+            model(input_ids=ids[:, :T], past_key_values=cache)
+        assert cache.intact
+    for cache in (over_its_size, quest):
+        with pytest.raises(ConfigError, match="or that reads a part of what it stores"):
+            model(input_ids=ids[:, T:], past_key_values=cache, selection=everything)
+    hides = Selection.from_kept(torch.arange(T)[None, None, None] % 3 > 0).extend(T + Q)
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, T:], past_key_values=within_its_size, selection=hides).logits
+    assert (logits - masked_logits(model, ids, None, hides, Q)).abs().max() <= 1e-4
 
 
 def test_selection_errors():

@@ -53,12 +53,14 @@ def sparsekv_attention(
     layer: SparseLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     compacted = layer is not None and not layer.intact
-    if compacted and selection is not None:
+    reader = None if layer is None else layer.reader  # worked out anew at each call
+    if selection is not None and (compacted or reader is not None):
         raise ConfigError(
-            "selection= masks a whole context; it can't be given with a cache that has been compacted"
+            "selection= masks a whole context; it can't be given with a cache that has been compacted, or that reads "
+            "a part of what it stores"
         )
-    if layer is not None and layer.reader is not None:
-        output = layer.reader.attend(layer, query, attention_mask, scaling)
+    if layer is not None and reader is not None:
+        output = reader.attend(layer, query, attention_mask, scaling)
     elif layer is not None and compacted:
         output = attend_stored(layer, query, attention_mask, scaling)
     elif selection is not None and _is_full_attention(module):
