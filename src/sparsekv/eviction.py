@@ -112,6 +112,7 @@ def row_contexts(
         n = columns.shape[1] - start
         n_hidden = min(hidden.shape[1], n)
         first = hidden.shape[1] - n_hidden
+        stored = columns[:, start:]
         keys, values = layer.row(row)
         ctx = LayerContext(
             module=module,
@@ -122,11 +123,19 @@ def row_contexts(
             position_embeddings=(cos[spot : spot + 1, first:], sin[spot : spot + 1, first:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
             seed=cache.seeds[row] if cache.seeds else 0,
-            ids=_ids_of(cache, row, columns[:, start:]),
+            ids=_ids_of(cache, row, stored),
             tokenizer=cache.tokenizer,
+            n_aligned=min(n_hidden, newest_stored(stored, layer.get_seq_length())),
         )
-        contexts.append((ctx, columns[:, start:]))
+        contexts.append((ctx, stored))
     return contexts
+
+
+def newest_stored(columns: Tensor, seen: int) -> int:
+    """How many of the newest tokens all heads store without a gap, of `columns` [H, n], ascending, of `seen` tokens."""
+    n = columns.shape[1]
+    unbroken = (columns == torch.arange(seen - n, seen, device=columns.device)).all(0)
+    return int(unbroken.flip(0).long().cumprod(0).sum())
 
 
 def _ids_of(cache: SparseCache, row: int, columns: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ from sparsekv import architecture
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
+from sparsekv.eviction import newest_stored
 from sparsekv.policies.attention_scores import observing_queries, weights_of_queries
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.learned_scores import finite_scores, predictor_of
@@ -36,9 +37,6 @@ from sparsekv.relevance.features import (
     no_text,
     of_group,
 )
-
-_SUMS = 6
-"""Numbers per entry of `AttentionStatistics`."""
 
 
 def reads_text(model: Any) -> bool:
@@ -164,7 +162,7 @@ def note_layer(
     with_attention = "attention" in predictor.config.features
     seen, n_new = layer.get_seq_length(), hidden.shape[1]
     part = predictor.hidden_part(hidden)[..., None]  # [B, Q, H, 1]
-    new = nn.functional.pad(part, (0, _SUMS)) if with_attention else part
+    new = nn.functional.pad(part, (0, AttentionStatistics.N_SUMS)) if with_attention else part
     held = _notes(layer, seen - n_new, new.shape[2:])
     notes = new if held is None else torch.cat([held, new], dim=1)
     if with_attention:
@@ -193,7 +191,11 @@ def _observe(
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],
 ) -> None:
-    """Add what the newest queries (at most WINDOW) look at to the sums in `notes`, which is fresh memory."""
+    """Add what the newest queries (at most WINDOW) look at to the sums in `notes`, which is fresh memory.
+
+    Of a head that has lost some of these tokens already (to a second tier, in this very forward), only those newer than
+    the newest that it lost observe; the last one does always, as it sees all that is stored.
+    """
     cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
     seen, n_new = notes.shape[1], hidden.shape[1]
     for row, columns in enumerate(columns_of(cache, layer)):
@@ -209,10 +211,13 @@ def _observe(
         for heads in _alike(columns):
             at = columns[heads[0]]
             n = len(at)
+            if not n:
+                continue
+            n_here = min(n_query, max(1, newest_stored(at[None], seen)))
             group = query.shape[1] // len(columns)
-            looked = query[:, heads[0] * group : (heads[-1] + 1) * group]
+            looked = query[:, heads[0] * group : (heads[-1] + 1) * group, n_query - n_here :]
             stacked = torch.stack([keys[head] for head in heads])[None]
-            weights = weights_of_queries(looked, stacked, torch.arange(n - n_query, n, device=at.device))
+            weights = weights_of_queries(looked, stacked, torch.arange(n - n_here, n, device=at.device))
             stats = AttentionStatistics(notes[row, at][:, heads, 1:].transpose(0, 1)[None])
             stats.update(of_group(weights))
             notes[row, at[:, None], torch.tensor(heads, device=at.device), 1:] = stats.sums[0].transpose(0, 1)

@@ -246,6 +246,7 @@ def test_mistakes(tiny_model: Any) -> None:
         SoftThreshold().weigh_layer(ctx, Budget(0.5, scope="model"))
     ctx.module.relevance = Relevance()
     ctx.hidden_states = ctx.hidden_states[:, 5:]
-    with pytest.raises(ConfigError, match=r"soft_threshold.*only 15 of 20 stored entries are being read"):
+    with pytest.raises(ConfigError, match=r"soft_threshold.*those of some of the 20 stored entries are gone"):
         SoftThreshold(on="relevance").score_layer(ctx, Budget(0.5))
+    assert SoftThreshold(on="relevance").whole_context and not SoftThreshold().whole_context
     assert architecture.num_kv_heads(ctx.module.config) == 2

@@ -148,16 +148,10 @@ def attention_over_uniform(
     -------
     FloatTensor [B, H, T], fp32: 1 = as much as under uniform attention.
     """
-    total, n_query = ctx.keys.shape[2], ctx.hidden_states.shape[1]
-    n_query = n_query if window is None else min(window, n_query)
-    cos, sin = ctx.position_embeddings
+    hidden, rotary = ctx.observing(window)
+    total, n_query = ctx.keys.shape[2], hidden.shape[1]
     received = observed_attention(
-        ctx.module,
-        ctx.hidden_states[:, -n_query:],
-        ctx.keys,
-        (cos[:, -n_query:], sin[:, -n_query:]),
-        block_size,
-        differentiable=differentiable,
+        ctx.module, hidden, ctx.keys, rotary, block_size, differentiable=differentiable
     )
     of_query = 1.0 / torch.arange(total - n_query + 1, total + 1, device=received.device)
     later = of_query.flip(0).cumsum(0).flip(0) / torch.arange(n_query, 0, -1, device=received.device)
@@ -195,17 +189,12 @@ class H2O(LayerPolicy):
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """Mean observed attention, fp32 [B, H, T]."""
-        return observed_attention(
-            ctx.module, ctx.hidden_states, ctx.keys, ctx.position_embeddings, block_size=self.block_size
-        )
+        hidden, rotary = ctx.observing()
+        return observed_attention(ctx.module, hidden, ctx.keys, rotary, block_size=self.block_size)
 
     def scores_with_gradient(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """As `score_layer`; gradients flow to keys, hidden states and the query projection."""
+        hidden, rotary = ctx.observing()
         return observed_attention(
-            ctx.module,
-            ctx.hidden_states,
-            ctx.keys,
-            ctx.position_embeddings,
-            block_size=self.block_size,
-            differentiable=True,
+            ctx.module, hidden, ctx.keys, rotary, block_size=self.block_size, differentiable=True
         )

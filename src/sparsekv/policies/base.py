@@ -134,6 +134,10 @@ class LayerContext:
         Token ids of the stored entries, for policies that look at the text.
     tokenizer : optional
         For the same.
+    n_aligned : int in [0, Q], optional
+        How many of the newest hidden states are, one to one, those of the newest entries. Default: Q. Fewer where an
+        entry between them was taken out: then older hidden states still say what queries look like, but neither whose
+        entry it is nor what they could see.
     """
 
     module: nn.Module
@@ -146,6 +150,26 @@ class LayerContext:
     seed: int = 0
     ids: Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    n_aligned: int | None = None
+
+    def observing(self, most: int | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states [B, W, hidden] and (cos, sin) [B, W, ...] of the newest tokens that can observe the entries.
+
+        W <= `most`. Token j of them sees the first T - W + j + 1 entries; the newest sees all, so it is always there.
+        """
+        n_query = self.hidden_states.shape[1]
+        first = n_query - min(n_query if most is None else most, max(1, self._n_aligned()), n_query)
+        cos, sin = self.position_embeddings
+        return self.hidden_states[:, first:], (cos[:, first:], sin[:, first:])
+
+    @property
+    def covers_entries(self) -> bool:
+        """True if every entry's own hidden state is here."""
+        total = self.keys.shape[2]
+        return self.hidden_states.shape[1] == total == self._n_aligned()
+
+    def _n_aligned(self) -> int:
+        return self.hidden_states.shape[1] if self.n_aligned is None else self.n_aligned
 
     def hook_kwargs(self) -> dict[str, Any]:
         """The keyword arguments that a kvpress forward hook would have received."""

@@ -64,13 +64,13 @@ def relevance_of_entries(ctx: LayerContext, method: str) -> Tensor:
     Raises
     ------
     ConfigError
-        If the layer has no predictor, earlier entries' hidden states are gone, or a score is not a number.
+        If the layer has no predictor, some entry's own hidden state is gone, or a score is not a number.
     """
-    if ctx.hidden_states.shape[1] != ctx.keys.shape[2]:
+    if not ctx.covers_entries:
         raise ConfigError(
-            f"method '{method}' scores a token from its hidden state, which is known only while it is read, and only "
-            f"{ctx.hidden_states.shape[1]} of {ctx.keys.shape[2]} stored entries are being read now: it compresses a "
-            "whole context once (no chunk, phase='prefill', first turn)"
+            f"method '{method}' scores a token from its hidden state, which is known only while it is read, and those "
+            f"of some of the {ctx.keys.shape[2]} stored entries are gone: it compresses a whole context once (no "
+            "chunk, phase='prefill', first turn)"
         )
     return finite_scores(relevance_of(ctx.module, ctx.hidden_states, extra_of(ctx)), method, ctx.layer_idx)
 

@@ -84,6 +84,11 @@ class SoftThreshold(LayerPolicy):
         """True if a budget picks the best entries; False if the threshold decides."""
         return self.threshold is None
 
+    @property
+    def whole_context(self) -> bool:  # type: ignore[override]
+        """True for "relevance": a token's hidden state is known only while it is read."""
+        return self.on == "relevance"
+
     def weigh_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """Log weights [B, H, T] <= 0: log sigmoid((score - threshold) / temperature), 0 for what always stays.
 

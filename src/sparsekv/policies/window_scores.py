@@ -26,18 +26,16 @@ def window_attention(ctx: LayerContext, window: int) -> Tensor:
     ----------
     ctx : LayerContext
     window : int >= 1
-        Observing queries at most: fewer where this forward has fewer.
+        Observing queries at most: fewer where this forward has fewer, or entries between them are gone.
 
     Returns
     -------
     FloatTensor [B, H, G, W, T], fp32
     """
-    total, n_query = ctx.keys.shape[2], min(window, ctx.hidden_states.shape[1])
-    cos, sin = ctx.position_embeddings
-    columns = torch.arange(total - n_query, total, device=ctx.keys.device)
-    return attention_weights(
-        ctx.module, ctx.hidden_states[:, -n_query:], ctx.keys, (cos[:, -n_query:], sin[:, -n_query:]), columns
-    )
+    total = ctx.keys.shape[2]
+    hidden, rotary = ctx.observing(window)
+    columns = torch.arange(total - hidden.shape[1], total, device=ctx.keys.device)
+    return attention_weights(ctx.module, hidden, ctx.keys, rotary, columns)
 
 
 def pooled(scores: Tensor, kernel_size: int, kind: Literal["mean", "max"]) -> Tensor:

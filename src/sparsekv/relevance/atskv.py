@@ -28,7 +28,10 @@ from sparsekv.relevance.predictor import checked_betas, served_by
 from sparsekv.relevance.threshold import ByQuantile, ThresholdController
 
 _RECENT, _SINK = 1e6, 3e7
-"""Log relevances of entries that always stay: above all others, sinks first, then the newest."""
+"""Log relevances of entries that always stay: above all others, sinks first, then the newest.
+
+fp32 tells them apart in contexts of up to 1.5e7 tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ATSKV(Relevance):
     betas: tuple[float, ...] = ()
     hysteresis: float = 0.01
     name = "atskv"
+    whole_context: ClassVar[bool] = False  # scores are remembered
     scopes: ClassVar[tuple[Scope, ...]] = ("head", "model")
 
     def __post_init__(self) -> None:

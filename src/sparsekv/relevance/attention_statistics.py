@@ -49,6 +49,9 @@ class AttentionStatistics:
 
     NAMES: ClassVar[tuple[str, ...]] = ("mean", "max", "recency", "entropy_share")
 
+    N_SUMS: ClassVar[int] = 6
+    """Numbers per entry of `sums`."""
+
     sums: Tensor
     half_life: float = 16.0
 
@@ -59,7 +62,7 @@ class AttentionStatistics:
     @classmethod
     def empty(cls, batch: int, n_kv_heads: int, *, half_life: float = 16.0) -> AttentionStatistics:
         """Nothing stored and nothing seen yet."""
-        return cls(torch.zeros(batch, n_kv_heads, 0, 6), half_life)
+        return cls(torch.zeros(batch, n_kv_heads, 0, cls.N_SUMS), half_life)
 
     @classmethod
     def of_window(
@@ -69,16 +72,15 @@ class AttentionStatistics:
 
         One block of B * H * G * window * T weights lives while this runs.
         """
-        n = min(window, ctx.hidden_states.shape[1])
+        hidden, rotary = ctx.observing(window)
         total = ctx.keys.shape[2]
-        cos, sin = ctx.position_embeddings
         with torch.no_grad():
             weights = attention_weights(
                 ctx.module,
-                ctx.hidden_states[:, -n:],
+                hidden,
                 ctx.keys,
-                (cos[:, -n:], sin[:, -n:]),
-                torch.arange(total - n, total, device=ctx.keys.device),
+                rotary,
+                torch.arange(total - hidden.shape[1], total, device=ctx.keys.device),
             )
         found = cls.empty(*weights.shape[:2], half_life=half_life)
         found.update(of_group(weights, grouped))

@@ -35,6 +35,7 @@ class Relevance(LayerPolicy):
     threshold: float | None = None
     name = "relevance"
     own_sizes: ClassVar[bool] = True
+    whole_context: ClassVar[bool] = True  # a token's hidden state is known only while it is read
 
     def __post_init__(self) -> None:
         self._over(Served())  # so that a wrong size is told now
