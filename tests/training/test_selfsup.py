@@ -43,7 +43,29 @@ def context_of(sample: dict[str, Any]) -> str:
     return text[len(head) :]
 
 
-@pytest.mark.parametrize("family", MAKERS)
+ASKING = [family for family in MAKERS if family != "onward"]
+
+
+def test_onward_is_plain_text_that_goes_on() -> None:
+    made_by = generator("onward", seed=3)
+    tokenizer = bpe_tokenizer()
+    whole = [" ".join(document.text.split()) for document in made_by.corpus.documents]
+    starts = set()
+    for index in range(SAMPLES):
+        sample = made_by.sample(index)
+        n_context, n_next = sample["boundary"], len(sample["input_ids"]) - sample["boundary"]
+        assert sample["labels"] == [IGNORED] * n_context + sample["input_ids"][n_context:]
+        assert n_context >= 150 and n_next == min(128, made_by._rooms[1] // 4)
+        text = " ".join(tokenizer.decode(sample["input_ids"]).split())
+        assert any(text in document for document in whole), (
+            "one stretch of one document, outside the template"
+        )
+        starts.add(text[:20])
+        assert sample["sample_index"] == index
+    assert len(starts) > SAMPLES // 2
+
+
+@pytest.mark.parametrize("family", ASKING)
 def test_layout_is_that_of_the_evaluation(family: str) -> None:
     made_by = generator(family)
     tokenizer = bpe_tokenizer()
@@ -63,7 +85,7 @@ def test_layout_is_that_of_the_evaluation(family: str) -> None:
         assert sample["boundary"] <= 400 + 8
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", ASKING)
 def test_answers_are_in_the_context_and_in_the_answer(family: str) -> None:
     made_by = generator(family, seed=1)
     prefixed = 0

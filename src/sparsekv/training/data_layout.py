@@ -101,3 +101,13 @@ class Layout:
             "boundary": len(context_ids),
             "sample_index": index,
         }
+
+    @staticmethod
+    def text_sample(context_ids: list[int], next_ids: list[int], index: int) -> Sample:
+        """A sample of plain text, outside the template: how does it go on?"""
+        return {
+            "input_ids": context_ids + next_ids,
+            "labels": [IGNORED] * len(context_ids) + next_ids,
+            "boundary": len(context_ids),
+            "sample_index": index,
+        }

@@ -16,13 +16,14 @@ from sparsekv.training.selfsup_chains import chain
 from sparsekv.training.selfsup_draw import Draw, Made
 from sparsekv.training.selfsup_facts import recall, several, values
 from sparsekv.training.selfsup_lists import common, duplicates, records
-from sparsekv.training.selfsup_passages import cloze, continue_passage, name, repeat_span
+from sparsekv.training.selfsup_passages import cloze, continue_passage, name, onward, repeat_span
 from sparsekv.training.selfsup_text import Corpus
 
 Family = Callable[[Draw], Made | None]
 """Makes a context and its questions; None if the room or the text does not allow it."""
 
 MAKERS: dict[str, Family] = {
+    "onward": onward,
     "continue": continue_passage,
     "repeat": repeat_span,
     "recall": recall,
@@ -41,7 +42,7 @@ _TRIES = 40
 
 
 class SelfSupervision:
-    """Samples by number.
+    """Samples by number: a context with questions, or a text that goes on.
 
     Parameters
     ----------
@@ -101,6 +102,9 @@ class SelfSupervision:
     def sample(self, index: int) -> Sample:
         """Sample `index`, any number from 0."""
         _, made = self.made(index)
+        if made.onward is not None:
+            (ids,) = made.pieces
+            return self.layout.text_sample(list(ids), made.onward, index)  # type: ignore[arg-type]
         return self.layout.sample(self.layout.context(made.pieces), made.turns, index)
 
 

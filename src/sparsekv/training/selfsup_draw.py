@@ -19,10 +19,11 @@ Pieces = list[str | list[int]]
 
 @dataclass(frozen=True)
 class Made:
-    """A context and what is asked about it."""
+    """A context and what is asked about it; or, with `onward`, plain token ids and those that follow them."""
 
     pieces: Pieces
     turns: list[Turn]
+    onward: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,20 @@ def _stretch(draw: Draw, passage: Passage) -> _Stretch | None:
     return None
 
 
+ONWARD_TOKENS = 128
+"""How much of a text that just goes on is learned; less in a short context."""
+
+
+def onward(draw: Draw) -> Made | None:
+    """Nothing is asked: the text goes on where the context ends, as it does when a book is read."""
+    n_next = min(ONWARD_TOKENS, draw.room // 4)
+    passage = max(draw.corpus.passages(draw.room + n_next, draw.rng), key=lambda p: p[-1].last - p[0].first)
+    ids = [token for sentence in passage for token in sentence.ids]
+    if len(ids) < draw.room // 2 + n_next:
+        return None
+    return Made([ids[:-n_next]], [], ids[-n_next:])
+
+
 def continue_passage(draw: Draw) -> Made | None:
     """The words that open a stretch are quoted; the answer is what follows them."""
     passage, pieces = draw.passage()
