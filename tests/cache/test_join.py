@@ -7,6 +7,7 @@ import torch
 
 from sparsekv.cache.join import can_join, join
 from sparsekv.cache.sparse import SparseCache
+from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import Asked, compress, decode_together, greedy_decode
 from sparsekv.policies import make_policy
@@ -85,7 +86,9 @@ def test_what_can_not_be_joined():
     moved = compress(model, ids(12, 1), make_policy("knorm"), 0.5, rerotate=True)
     later = compress(model, ids(12, 1), make_policy("knorm"), 0.5, phase="both")
     sliding = compress(window, ids(12, 1), make_policy("full"), 0.0)
+    two_tiers = compress(model, ids(12, 1), make_policy("full"), cache=TieredCache(model, 100))
+    assert two_tiers.intact and not can_join(two_tiers)
     assert can_join(plain) and not any(can_join(cache) for cache in (moved, later, sliding))
-    for wrong in ([], [plain, moved], [later], [plain, SparseCache(model.config)]):
+    for wrong in ([], [plain, moved], [later], [two_tiers], [plain, SparseCache(model.config)]):
         with pytest.raises(ConfigError, match="only caches that have read something can be joined"):
             join(wrong)

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsekv.attention import prepare
 from sparsekv.cache.attend import attend_stored
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.steps import StepReader
+from sparsekv.generation import compress
+from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.step_rules import (
     HybridRule,
@@ -25,6 +28,7 @@ from sparsekv.policies.step_rules import (
     best_entries,
     page_bounds,
 )
+from toy import tiny_model
 
 B, H, G, D = 2, 2, 3, 8
 
@@ -322,3 +326,24 @@ def test_a_query_of_zeros_and_16_bit_keys_give_numbers() -> None:
             for query in (torch.zeros(1, H * G, 1, D), draw(1, H * G, 1, D)):
                 out = StepReader(rule).attend(layer, query.to(dtype), None, None)
                 assert out.dtype == dtype and bool(out.isfinite().all())
+
+
+def test_copies_of_a_cache_are_read_as_it_is_read():
+    model = prepare(tiny_model("llama"))
+    tokens = torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(3))
+    cache = compress(model, tokens[:, :59], make_policy("quest", page_size=4), 8)
+    twin = cache.fork([cache.selection(), cache.selection()])
+    read = 0
+    for (_, layer), (_, copied) in zip(cache.sparse_layers(), twin.sparse_layers(), strict=True):
+        assert type(copied.reader) is type(layer.reader)
+        if isinstance(layer.reader, StepReader):
+            assert copied.reader is not layer.reader and copied.reader.rule == layer.reader.rule
+            read += 1
+    assert read
+    whole = compress(model, tokens[:, :59], "full")
+    wanted = (cache, twin, whole)
+    alone, both, full = (
+        model(tokens[:, 59:].expand(each.batch, -1), past_key_values=each).logits for each in wanted
+    )
+    torch.testing.assert_close(both, alone.expand(2, -1, -1))
+    assert not torch.allclose(both[:1], full, atol=1e-3)

@@ -13,10 +13,13 @@ from sparsekv.errors import ConfigError
 
 
 def can_join(cache: SparseCache) -> bool:
-    """True if nothing in a cache depends on its own columns: no sliding window, no re-rotation, no later eviction."""
+    """True if nothing in a cache depends on its own columns or on more than it stores.
+
+    No sliding window, no re-rotation, no later eviction, no second tier (also one that is still empty).
+    """
     layers = [layer for _, layer in cache.sparse_layers()]
     plain = len(layers) == len(cache.layers) and not any(layer.reader is not None for layer in layers)
-    return plain and cache.rotary is None and cache.decode is None
+    return type(cache) is SparseCache and plain and cache.rotary is None and cache.decode is None
 
 
 def join(caches: Sequence[SparseCache]) -> SparseCache:
@@ -33,7 +36,7 @@ def join(caches: Sequence[SparseCache]) -> SparseCache:
     if not caches or not all(can_join(cache) and cache.batch for cache in caches):
         raise ConfigError(
             "only caches that have read something can be joined, and that have no sliding window, re-rotated keys, "
-            "readers or eviction while decoding"
+            "readers, eviction while decoding or a second tier"
         )
     joined = SparseCache(caches[0].config)
     seen = max(cache.seen for cache in caches)

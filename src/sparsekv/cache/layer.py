@@ -31,6 +31,9 @@ class Reader(Protocol):
     ) -> Tensor:
         """Attention [B, Q, Hq, D] of queries [B, Hq, Q, D], the newest Q tokens, which are stored already."""
 
+    def fresh(self) -> Reader:
+        """A reader of the same kind for a copy of the layer."""
+
 
 class SparseLayer(CacheLayerMixin):
     """A growing cache layer from which entries can be taken out, per row and kv head.
@@ -224,6 +227,7 @@ class SparseLayer(CacheLayerMixin):
         twin.n_kv_heads = self.n_kv_heads
         first = torch.zeros(kept.shape[0], dtype=torch.int64, device=kept.device)
         twin._store = self.store.keep(kept, first, rotation)
+        twin.reader = None if self.reader is None else self.reader.fresh()
         return twin
 
     @classmethod

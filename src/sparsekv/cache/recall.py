@@ -97,6 +97,10 @@ class TieredReader:
         self._move(tiered, residents, leaving, hidden, beside, coming)
         return output
 
+    def fresh(self) -> TieredReader:
+        """A reader of the same tiers; all that it knows is in the layer and the store."""
+        return TieredReader(self.tiers, self.index)
+
     # ---- how much may move --------------------------------------------------------------------------------------
 
     def _plan(self, layer: TieredLayer, residents: _Residents, n_query: int) -> _Plan:

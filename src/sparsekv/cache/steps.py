@@ -152,6 +152,10 @@ class StepReader:
             self._last.append(_Read(part.start, part.stop, part.keys.shape[1], part.slots, chosen))
         return output.view(batch, n_heads, 1, width).transpose(1, 2).contiguous()
 
+    def fresh(self) -> StepReader:
+        """A reader by the same rule that has read nothing yet."""
+        return StepReader(self.rule)
+
     # ---- what the last step read -----------------------------------------------------------------------------------
 
     @property
