@@ -23,6 +23,7 @@ from sparsekv import architecture
 from sparsekv.cache.attend import attend_stored
 from sparsekv.cache.layer import LAYER_ATTRIBUTE, SparseLayer
 from sparsekv.cache.sparse import ATTENTION, SparseCache
+from sparsekv.cache.unfinished import Unfinished, check_finished
 from sparsekv.errors import ConfigError
 from sparsekv.eviction import evict_layer
 from sparsekv.masked import attend_selected
@@ -149,6 +150,7 @@ def prepare(model: Any) -> Any:
     decoder = architecture.text_model(plain)
     if not getattr(decoder, _HOOKED, False):
         decoder.register_forward_pre_hook(_announce_input, with_kwargs=True)
+        decoder.register_forward_hook(_announce_end, with_kwargs=True)
         setattr(decoder, _HOOKED, True)
     return model
 
@@ -162,6 +164,7 @@ def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     new = ids if ids is not None else kwargs.get("inputs_embeds")
     if new is None:
         return  # the model itself complains
+    check_finished(cache)
     cache.fit_rows(new.shape[0])
     cache.follow_mask(kwargs.get("attention_mask"), new.shape[1])
     if cache.decode is not None and cache.ids is not None:
@@ -170,6 +173,14 @@ def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 "evicting by text while decoding needs input_ids; the model was given inputs_embeds"
             )
         cache.ids = torch.cat([cache.ids, ids.to(cache.ids.device, cache.ids.dtype)], dim=1)
+    cache.unfinished = Unfinished.of(cache)
+
+
+def _announce_end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Tell a SparseCache that all layers have read what came; not reached if the forward breaks off."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, SparseCache):
+        cache.unfinished = None
 
 
 def _add_layer_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

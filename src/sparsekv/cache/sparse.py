@@ -24,6 +24,7 @@ from sparsekv import architecture
 from sparsekv.cache.decode import DecodeEviction
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.rope import Rotation
+from sparsekv.cache.unfinished import Unfinished, can_crop, check_finished
 from sparsekv.cache.window import WindowLayer
 from sparsekv.errors import ConfigError
 from sparsekv.selection import Selection, stack
@@ -67,6 +68,7 @@ class SparseCache(Cache):
         self.decode: DecodeEviction | None = None
         self.tokenizer: Any = None
         self.seeds: tuple[int, ...] | None = None
+        self.unfinished: Unfinished | None = None  # the forward that is running, or that broke off
 
     # ---- what is stored -----------------------------------------------------------------------------------------
 
@@ -171,7 +173,11 @@ class SparseCache(Cache):
         require_sparse(layer or self.layers[index]).keep(kept, self.rotation())
 
     def fork(self, selections: Sequence[Selection]) -> SparseCache:
-        """Compacted copies of a one-row cache, one row per selection, side by side as one batch."""
+        """Compacted copies of a one-row cache, one row per selection, side by side as one batch.
+
+        They are read as this one is (`Reader`), but no policy evicts from them while decoding.
+        """
+        check_finished(self)
         twin = SparseCache(self.config)
         twin.rotary, twin.tokenizer = self.rotary, self.tokenizer
         rows = len(selections)
@@ -247,6 +253,8 @@ class SparseCache(Cache):
         self.fit_rows(key_states.shape[0])
         if layer_idx == 0:
             self.check_attention()
+            if self.unfinished is None:  # else the model announced the forward, and it was checked then
+                check_finished(self)
         return super().update(key_states, value_states, layer_idx, cache_kwargs)
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
@@ -312,6 +320,7 @@ class SparseCache(Cache):
 
     def snapshot(self) -> Any:
         """The present state, to `restore` later: lengths and references, nothing is copied."""
+        check_finished(self)
         state = {name: getattr(self, name) for name in ("real", "ids", "rotary", "decode", "seeds")}
         since = dict(self.decode.since) if self.decode else {}
         return [layer.snapshot() for layer in self.layers], state, since
@@ -323,29 +332,29 @@ class SparseCache(Cache):
             layer.restore(saved)
         for name, value in state.items():
             setattr(self, name, value)
+        self.unfinished = None
         if self.decode:
             self.decode.since = dict(since)
 
     def crop(self, max_length: int) -> None:
-        """Forget the newest tokens, down to `max_length` seen (negative: that many fewer)."""
+        """Forget the newest tokens, down to `max_length` seen (negative: that many fewer).
+
+        Also takes back a forward that broke off.
+        """
         if sys._getframe(1).f_code.co_name == "_assisted_decoding":
             raise ConfigError(
                 "assisted decoding (assistant_model, prompt_lookup_num_tokens) does not work with SparseCache: "
                 "rejected tokens may have evicted entries; generate without it"
             )
         length = self.seen + max_length if max_length < 0 else max_length
-        if length >= self.seen:
+        if not can_crop(self, length):
             return
-        for layer in self.layers:
-            if isinstance(layer, WindowLayer) and layer.cumulative_length >= layer.sliding_window:
-                raise ConfigError(
-                    f"the model's sliding window of {layer.sliding_window} tokens has moved on, so the cache can't "
-                    "be cropped; use snapshot and restore"
-                )
         super().crop(length)
         for name in ("real", "ids"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[:, : self.seen])
+        if self.unfinished is not None:
+            self.unfinished.undo(self)
 
     def _take(self, rows: Tensor) -> None:
         for name in ("real", "ids"):
@@ -378,7 +387,7 @@ class SparseCache(Cache):
                 self.layers[index] = WindowLayer(layer.sliding_window)
             else:
                 layer.reset()
-        self.real = self.ids = None
+        self.real = self.ids = self.unfinished = None
 
 
 def require_sparse(layer: CacheLayerMixin) -> SparseLayer:
