@@ -16,6 +16,7 @@ from sparsekv.attention import prepare
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
+from sparsekv.relevance import attach_relevance
 from toy import tiny_model
 
 T, Q, N = 60, 9, 6
@@ -151,9 +152,21 @@ def test_another_model_s_session_is_refused(tmp_path):
         (tiny_model("llama", seed=1), "weights"),
         (tiny_model("qwen3"), "model_type"),
         (tiny_model("llama", num_hidden_layers=2), "num_hidden_layers"),
+        (
+            tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5.0}),
+            "weights",
+        ),
+        (tiny_model("llama").to(torch.bfloat16), "dtype is 'float32', this one has 'bfloat16'"),
     ):
-        with pytest.raises(ConfigError, match=f"is of another model: its {field} is"):
+        with pytest.raises(ConfigError, match=f"is of another model: its {field}"):
             TieredCache.load(tmp_path, prepare(other))
+
+
+def test_predictors_that_look_on_change_nothing_of_a_session(tmp_path):
+    _, cache = saved(tmp_path)
+    other = prepare(tiny_model("llama"))
+    attach_relevance(other)
+    assert torch.equal(TieredCache.load(tmp_path, other).kept_columns(), cache.kept_columns())
 
 
 def test_what_can_not_be_saved(tmp_path):

@@ -25,6 +25,7 @@ from sparsekv.cache.exchange import with_room
 from sparsekv.cache.segments import Segments
 from sparsekv.cache.session_files import read_part, write_session
 from sparsekv.cache.tiered_layer import TieredLayer
+from sparsekv.cache.unfinished import check_finished
 from sparsekv.cache.window import WindowLayer
 from sparsekv.errors import ConfigError
 
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from sparsekv.cache.tiered import TieredCache
 
 
-def model_of(config: Any, fingerprint: str) -> dict[str, Any]:
+def model_of(config: Any, fingerprint: str, dtype: str | None) -> dict[str, Any]:
     """Whose entries a session holds: the first field that differs is named where another model asks for it."""
     return {
         "model_type": architecture.text_config(config).model_type,
         "num_hidden_layers": architecture.num_layers(config),
         "num_key_value_heads": architecture.num_kv_heads(config),
         "head_dim": architecture.head_dim(config),
+        "dtype": dtype,
         "weights": fingerprint,
     }
 
@@ -50,11 +52,12 @@ def save_session(cache: TieredCache, folder: str | Path) -> None:
             "the cache doesn't know its model, so the session would fit any: make it with the model itself, "
             "TieredCache(model, …), or let compress(model, …, cache=cache) read the context"
         )
+    check_finished(cache)
     if not cache.batch:
         raise ConfigError("the cache is empty: there is no session to save yet")
     tiers = cache.tiers
     header = {
-        "model": model_of(cache.config, cache.fingerprint),
+        "model": model_of(cache.config, cache.fingerprint, cache.model_dtype),
         "settings": {
             "active": tiers.active.written(),
             "recall_tokens": tiers.recall_tokens,
@@ -106,10 +109,12 @@ def _tensors(cache: TieredCache, index: int, layer: TieredLayer) -> dict[str, Te
     return found if layer.share is None else found | {"share": layer.share}
 
 
-def check_model(folder: str | Path, header: dict[str, Any], model: Any, fingerprint: str) -> None:
-    """Raise a ConfigError if a session was saved with another model."""
+def check_model(folder: str | Path, header: dict[str, Any], cache: TieredCache) -> None:
+    """Raise a ConfigError if a session was saved with another model than that of the `cache` to be filled."""
+    if cache.fingerprint is None:
+        raise ConfigError("a session is opened with the model itself, not with its config")
     theirs: dict[str, Any] = header["model"]
-    for name, value in model_of(model, fingerprint).items():
+    for name, value in model_of(cache.config, cache.fingerprint, cache.model_dtype).items():
         if theirs.get(name) != value:
             raise ConfigError(
                 f"session '{folder}' is of another model: its {name} is {theirs.get(name)!r}, this one has {value!r}"

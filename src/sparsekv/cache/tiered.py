@@ -29,6 +29,7 @@ from sparsekv.cache.sparse import ATTENTION, SparseCache
 from sparsekv.cache.tiered_copy import copied
 from sparsekv.cache.tiered_layer import NO_ROTATION, TieredLayer
 from sparsekv.cache.tiers import Tiers, open_store
+from sparsekv.cache.unfinished import check_finished
 from sparsekv.errors import ConfigError
 from sparsekv.selection import Selection, StepSelection, stack
 
@@ -86,6 +87,7 @@ class TieredCache(SparseCache):
         config = architecture.text_config(model)
         size = ActiveSize.parse(active)
         self.fingerprint: str | None = None
+        self.model_dtype: str | None = None
         self.passive = passive
         self.tiers = Tiers(
             active=size,
@@ -147,14 +149,19 @@ class TieredCache(SparseCache):
         Raises
         ------
         ConfigError
-            If the cache holds entries of a model with other weights.
+            If the cache holds entries of a model with other weights, or of another dtype.
         """
-        found = weights_fingerprint(architecture.unwrap(model))
+        plain = architecture.unwrap(model)
+        found, dtype = weights_fingerprint(plain), str(plain.dtype).removeprefix("torch.")
+        if self.model_dtype not in (None, dtype) and self.seen:
+            raise ConfigError(
+                f"this cache holds entries of a model in {self.model_dtype}, it was given one in {dtype}"
+            )
         if self.fingerprint is not None and self.fingerprint != found and self.seen:
             raise ConfigError(
                 f"this cache holds entries of a model with weights {self.fingerprint}, it was given one with {found}"
             )
-        self.fingerprint = found
+        self.fingerprint, self.model_dtype = found, dtype
 
     # ---- sizes --------------------------------------------------------------------------------------------------
 
@@ -259,8 +266,9 @@ class TieredCache(SparseCache):
     def fork(self, selections: Sequence[Selection]) -> TieredCache:
         """Copies of a one-row cache, one row per selection; each row's evicted entries lie in its own passive tier.
 
-        The passive tier of the copies is in CPU memory.
+        The passive tier of the copies is in CPU memory. No policy evicts from them while decoding.
         """
+        check_finished(self)
         if self.batch != 1:
             raise ConfigError(f"fork needs a cache of one row, this one has {self.batch}")
         joint = self._fitting(stack(list(selections)))
@@ -322,9 +330,7 @@ class TieredCache(SparseCache):
         header = read_header(folder)
         cache = cls(model, passive=passive, **header["settings"])
         try:
-            if cache.fingerprint is None:
-                raise ConfigError("a session is opened with the model itself, not with its config")
-            check_model(folder, header, model, cache.fingerprint)
+            check_model(folder, header, cache)
             fill(cache, folder, header, architecture.unwrap(model).device)
         except BaseException:
             cache.close()

@@ -24,7 +24,8 @@ def copied(cache: TieredCache) -> TieredCache:
         n_sink=tiers.n_sink,
         n_recent=tiers.n_recent,
     )
-    twin.fingerprint, twin.tokenizer, twin.seeds = cache.fingerprint, cache.tokenizer, cache.seeds
+    twin.fingerprint, twin.model_dtype = cache.fingerprint, cache.model_dtype
+    twin.tokenizer, twin.seeds = cache.tokenizer, cache.seeds
     twin.real, twin.ids = cache.real, cache.ids
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, TieredLayer):
