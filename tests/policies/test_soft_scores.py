@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kvpress_reference import layer_contexts, token_ids
 from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
 from sparsekv.policies.augment import EvictionAug
-from sparsekv.policies.base import LayerContext
+from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft_scores import SoftScores
 from sparsekv.policies.training_presses import EvictionAugPress
@@ -88,3 +89,56 @@ def test_what_is_drawn_is_soft_where_it_can_be() -> None:
         SoftScores(make_policy("adakv_snapkv"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="temperature must be a number over 0"):
         SoftScores(make_policy("knorm"), 0.0)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Given(LayerPolicy):
+    """Scores [1, 1, T] as they are given."""
+
+    scores: tuple[float, ...]
+    positive: bool
+    name: str = "given"
+    scopes: ClassVar = ("head",)
+    needs_budget: ClassVar[bool] = True
+    whole_context: ClassVar[bool] = True
+
+    @property
+    def positive_scores(self) -> bool:  # type: ignore[override]
+        return self.positive
+
+    def scores_with_gradient(self, ctx: Any, budget: Budget) -> torch.Tensor:
+        return torch.tensor(self.scores)[None, None]
+
+
+def soft_weights(scores: list[float], positive: bool) -> torch.Tensor:
+    keys = torch.zeros(1, 1, len(scores), 4)
+    ctx = LayerContext(None, 0, keys[:, 0], keys, keys, (keys, keys), torch.arange(0))  # type: ignore[arg-type]
+    return SoftScores(Given(tuple(scores), positive)).weigh_layer(ctx, Budget(0.5))[0, 0].exp()
+
+
+def test_one_score_that_underflows_does_not_change_the_scale() -> None:
+    """By the log, if the method's scores are positive by nature: a 0 among them is the least, no other scale."""
+    scores = [2.0**-k for k in range(8)]
+    even = soft_weights(scores, True)
+    steps = torch.logit(even.double()).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(7), atol=1e-4, rtol=1e-4)
+    steps = torch.logit(soft_weights([*scores, 0.0], True).double()).diff()
+    torch.testing.assert_close(steps[:7], steps[:1].expand(7), atol=1e-4, rtol=1e-4)
+    assert steps[7] < steps[0] < 0
+    plain = torch.logit(soft_weights(scores, False).double()).diff()
+    torch.testing.assert_close(plain[1:] / plain[:-1], torch.full((6,), 0.5).double(), atol=1e-3, rtol=1e-3)
+
+
+def test_which_methods_scores_are_positive(tiny_model: Any) -> None:
+    """What a method says holds on a model, and the softened method says what its own does."""
+    ctx, budget = context(tiny_model), Budget(0.5)
+    positive = ["snapkv", "tova", "h2o", "expected_attention_plain", "critical_snapkv", "cur", "cap"]
+    for method in [*positive, "knorm", "keydiff", "compactor", "leverage", "non_causal_attn"]:
+        inner = make_policy(method)
+        assert inner.positive_scores == (method in positive), method
+        assert bool((inner.score_layer(ctx, budget) > 0).all()) == inner.positive_scores, method
+    soft = SoftScores(Given((1.0,), True))
+    assert soft.scopes == ("head",) and soft.needs_budget and soft.whole_context and soft.positive_scores
+    assert not SoftScores(make_policy("knorm")).positive_scores
+    with pytest.raises(ConfigError, match="scope must be head, got layer"):
+        soft.check_scope(Budget(0.5, scope="layer"))

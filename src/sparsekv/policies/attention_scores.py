@@ -9,7 +9,7 @@ is ever held for more than one block of queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,7 @@ class H2O(LayerPolicy):
 
     block_size: int = BLOCK_SIZE
     name: str = "h2o"
+    positive_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:

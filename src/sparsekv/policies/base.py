@@ -277,6 +277,9 @@ class LayerPolicy(Policy):
     whole_context: ClassVar[bool] = False
     """True if it compresses a context once, as a whole: no chunks, no later turns, not while decoding."""
 
+    positive_scores: ClassVar[bool] = False
+    """True if its scores are positive by nature, as attention is, so that ratios of them mean something."""
+
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""
 

@@ -17,10 +17,16 @@ import torch
 from kvpress import (
     BasePress,
     BlockPress,
+    CapPress,
     ChunkPress,
     ComposedPress,
+    CriticalKVPress,
+    CURPress,
     DMSPress,
+    ExpectedAttentionPress,
     PerLayerCompressionPress,
+    SnapKVPress,
+    TOVAPress,
 )
 from torch import Tensor, nn
 
@@ -44,6 +50,9 @@ REFUSALS = (AssertionError, ValueError, NotImplementedError)
 
 _WHOLE_CONTEXT = (BlockPress, ChunkPress, DMSPress)
 """They index the hidden states by the keys' positions, so they need those of the whole context."""
+
+_POSITIVE = (SnapKVPress, TOVAPress, ExpectedAttentionPress, CriticalKVPress, CURPress, CapPress)
+"""Their scores are sums and products of what is never negative (0 only by underflow)."""
 
 
 def reason(error: BaseException) -> str:
@@ -146,6 +155,11 @@ class _InLayer(LayerPolicy):
 @dataclass(frozen=True, eq=False)
 class PressScores(_InLayer):
     """A kvpress scorer: its scores, and the same `topk` on them as kvpress's."""
+
+    @property
+    def positive_scores(self) -> bool:  # type: ignore[override]
+        """True for presses that score by attention, or by norms and leverage times it."""
+        return isinstance(self.template, _POSITIVE)
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """The press's scores [B, H, T].

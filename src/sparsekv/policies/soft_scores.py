@@ -1,6 +1,6 @@
 """Another method's own scores, made soft: what it would evict fades, and the model can learn to score it otherwise.
 
-    weight = sigmoid((z - threshold) / temperature),   z = scores (their log, if all are positive) over their deviation
+    weight = sigmoid((z - threshold) / temperature),   z = scores (logs of positive ones) over their deviation
 
 A key's norm, the attention of the last queries or the similarity of keys are functions of the model's weights. Trained
 under these weights, a model moves what it will need to where such a method looks.
@@ -19,6 +19,20 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy, Policy
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft import is_finite, threshold_for
+
+_AS_INNER = (
+    "rerotate",
+    "by_step",
+    "scored",
+    "own_sizes",
+    "ratio_free",
+    "needs_budget",
+    "scopes",
+    "joint",
+    "whole_context",
+    "positive_scores",
+)
+"""What a method says of itself; softness changes none of it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class SoftScores(LayerPolicy):
     soft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in _AS_INNER:
+            object.__setattr__(self, name, getattr(self.inner, name))
         if not _has_gradient(self.inner):
             raise ConfigError(f"method {self.inner.name} has no scores with a gradient, so it can't be soft")
         if not is_finite(self.temperature) or self.temperature <= 0:
@@ -67,8 +83,10 @@ class SoftScores(LayerPolicy):
         if budget.scope == "model":
             raise ConfigError(f"method {self.name}: soft scores take a budget of scope 'head' or 'layer'")
         scores: Tensor = inner.scores_with_gradient(ctx, budget).float()
-        if bool((scores > 0).all()):
-            scores = scores.log()
+        if (
+            self.positive_scores
+        ):  # not by what this call's scores are: one that underflows would change the scale
+            scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
         z = scores / scores.detach().std(-1, keepdim=True).clamp_min(1e-6)
         heads = z.shape[1] if budget.scope == "layer" else 1
         pooled = z.detach().reshape(z.shape[0], -1, heads * total)
