@@ -63,6 +63,20 @@ def test_a_step_of_two_samples_is_the_mean_of_its_samples(config: Make, model: P
     assert not torch.allclose(gradients[1], gradients[2], rtol=0.1)
 
 
+def test_samples_that_say_nothing_are_left_out_and_counted(config: Make, model: Path) -> None:
+    """One without anything after its context, one whose context always stays: neither ends the run."""
+    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+    attach_relevance(loaded, RelevanceConfig())
+    options = config(futures={"kinds": ["continuation"]})
+    reader = SampleReader(loaded, tokenizer, options, RelevanceConfig())
+    samples = [
+        {"input_ids": [3 + i % 97 for i in range(40)], "boundary": boundary, "sample_index": boundary}
+        for boundary in (40, 4, 30)
+    ]
+    assert len(list(reader.read_all((sample, 0) for sample in samples))) == 1
+    assert (reader.n_read, reader.n_left_out) == (3, 2)
+
+
 def test_least_squares_is_the_minimum_over_all_samples(config: Make, model: Path) -> None:
     loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
     attach_relevance(loaded, RelevanceConfig())

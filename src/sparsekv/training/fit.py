@@ -63,6 +63,11 @@ def run_fit(
     if trained is None:
         fit_regression(reader, data, checkpoint=checkpoint, progress=progress)
     report = judge(reader, samples_of(held_out, config.held_out), progress=progress)
+    if reader.n_left_out:
+        say(
+            f"{reader.n_left_out} of {reader.n_read} samples were left out: their contexts are too short, or nothing "
+            "follows them"
+        )
     if trained is None:
         center(model, config, report)
     metrics = (output / TRAINING if trained is not None else output) / METRICS_FILE

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsekv.errors import ConfigError
 from sparsekv.training.data_layout import Layout, Sample
 from sparsekv.training.dropping import resolve_boundaries, seed_of
 
@@ -41,8 +40,8 @@ class Observation:
 
 def observation_of(
     sample: Sample, layout: Layout, kinds: Collection[str], chunk_tokens: int, *, seed: int, epoch: int
-) -> Observation:
-    """The context of a sample and its futures.
+) -> Observation | None:
+    """The context of a sample and its futures; None if nothing that is asked for follows the context.
 
     A sample without a boundary (plain text) is cut at a random place between a quarter and three quarters of it, as
     training does; it is all context if nothing but its reconstruction is asked for.
@@ -54,11 +53,6 @@ def observation_of(
     kinds : "continuation", "reconstruction" or both
     chunk_tokens : int >= 1, of a piece that is reconstructed
     seed, epoch : of the run; with the sample's number they fix what is drawn
-
-    Raises
-    ------
-    ConfigError
-        If nothing follows the context and nothing else is asked for.
     """
     ids, index = list(sample["input_ids"]), int(sample["sample_index"])
     own_seed, boundary = seed_of(seed, epoch, index), int(sample["boundary"])
@@ -71,9 +65,7 @@ def observation_of(
     futures = [rest] if "continuation" in kinds and rest else []
     if "reconstruction" in kinds:
         futures += reconstructions(context, layout, chunk_tokens)
-    if not futures:
-        raise ConfigError(f"sample {index} has nothing after its context of {boundary} tokens to fit to")
-    return Observation(context, futures, own_seed)
+    return Observation(context, futures, own_seed) if futures else None
 
 
 def reconstructions(context: list[int], layout: Layout, chunk_tokens: int) -> list[list[int]]:

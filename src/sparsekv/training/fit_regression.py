@@ -66,20 +66,28 @@ class SampleReader:
     tokenizer : the model's
     config : FitConfig
     features : RelevanceConfig of the predictors
+
+    Attributes
+    ----------
+    n_read, n_left_out : int
+        Samples asked for, and those of them that said nothing: too short, or with nothing after the context.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: FitConfig, features: RelevanceConfig) -> None:
         self.model, self.tokenizer, self.config, self.features = model, tokenizer, config, features
         self.layout = Layout(tokenizer)
+        self.n_read = self.n_left_out = 0
 
     def read(self, sample: Sample, epoch: int = 0) -> Read | None:
-        """What was measured of a sample; None if its context is so short that all of it always stays."""
+        """What was measured of a sample; None if all of its context stays anyway, or nothing follows."""
         futures, own = self.config.futures, self.config.predictor
+        self.n_read += 1
         seen = observation_of(
             sample, self.layout, futures.kinds, futures.chunk_tokens, seed=self.config.seed, epoch=epoch
         )
-        columns = scored_slice(len(seen.context), own.n_sink, own.n_recent)
-        if columns.stop - columns.start < 2:  # no order among fewer
+        columns = scored_slice(len(seen.context), own.n_sink, own.n_recent) if seen else slice(0, 0)
+        if seen is None or columns.stop - columns.start < 2:  # no order among fewer
+            self.n_left_out += 1
             return None
         entries = observe(self.model, seen, self.features, tokenizer=self.tokenizer)
         return entries, columns, seed_of(seen.seed, 2)
