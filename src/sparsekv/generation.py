@@ -23,6 +23,7 @@ from sparsekv.cache.join import join
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
 from sparsekv.cache.steps import install_steps
+from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.eviction import HIDDEN_TOKENS, JointEviction, kept_in_layer, remember_inputs
 from sparsekv.policies import make_policy
@@ -119,6 +120,10 @@ def compress(
         raise ConfigError(f"method {policy.name!r} can't evict while decoding; use phase='prefill'")
     if phase != "prefill" and policy.by_step:
         raise ConfigError(f"method {policy.name!r} evicts nothing while decoding; use phase='prefill'")
+    if policy.by_step and isinstance(cache, TieredCache):
+        raise ConfigError(
+            f"method {policy.name!r} chooses what a step reads, and a TieredCache by itself: give no cache"
+        )
     if isinstance(policy, LayerPolicy):
         policy.check_scope(budget)
         if phase != "prefill" and policy.needs_whole_context(budget):
@@ -127,9 +132,8 @@ def compress(
             )
     cache.decode = None  # an earlier turn's eviction must not run while this one reads
     remember = phase != "prefill" and isinstance(policy, LayerPolicy)
-    rounds: Rounds | None = None
-    if isinstance(policy, ATSKV) and (remember or chunk is not None or cache.seen):
-        rounds = Rounds(policy, budget)
+    remembers = isinstance(policy, ATSKV) and (remember or chunk is not None or cache.seen)
+    rounds = Rounds(policy, budget) if isinstance(policy, ATSKV) and remembers else None
     if phase != "decode" and isinstance(policy, NativePolicy):
         raise ConfigError(
             f"method {policy.name!r} changes more than which entries stay, so it runs only by kvpress's own hooks: "

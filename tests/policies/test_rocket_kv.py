@@ -13,6 +13,7 @@ from window_reference import eager_weights, pooled_by_hand
 from oracle import stepped_logits
 from sparsekv.attention import prepare
 from sparsekv.cache.steps import StepReader, attended_fraction, reads_by_step
+from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
@@ -178,6 +179,12 @@ def test_refusals(tiny_model: Any) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             compress(model, ids, name, **{"budget": 0.5, **arguments})
+    calls: list[Any] = []
+    handle = model.model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ConfigError, match="'quest' chooses what a step reads, and a TieredCache by itself"):
+        compress(model, ids, "quest", 0.5, cache=TieredCache(model, 20))
+    handle.remove()
+    assert not calls, "told before the context is read"
     for name, parameters, message in (
         ("rocket_kv", {"kernel_size": 6}, "kernel_size must be odd, got 6; use 7"),
         ("quest", {"page_size": 0}, "page_size must be a whole number >= 1"),
