@@ -218,7 +218,7 @@ class JointEviction:
     ) -> dict[int, Tensor]:
         """Right after layer `index` has attended: layer -> BoolTensor [B, H, T seen], of the layers to compact now.
 
-        None are returned where no row loses anything.
+        None where no row loses anything, and none that holds everything and is to go on so.
         """
         layers = self.cache.compressible
         shape = (layer.batch, layer.n_kv_heads, layer.get_seq_length())
@@ -238,7 +238,11 @@ class JointEviction:
         for mask in kept.values():
             for row, columns in whole:
                 mask[row].scatter_(-1, columns, True)
-        return kept
+        return {at: mask for at, mask in kept.items() if not (self._is_whole(at) and bool(mask.all()))}
+
+    def _is_whole(self, index: int) -> bool:
+        layer = self.cache.layers[index]
+        return isinstance(layer, SparseLayer) and layer.intact
 
 
 def evict_layer(

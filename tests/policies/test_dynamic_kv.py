@@ -157,6 +157,25 @@ def test_compress_cuts_early_cuts_again_and_keeps_the_total(
     assert cache.achieved_compression == [pytest.approx(1 - 20 / T)]
 
 
+def test_a_layer_that_loses_nothing_yet_is_not_copied(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With r_max 10 and a quarter of the context to keep, no layer is over its maximum before the first update."""
+    seen = []
+    real = SparseCache.keep_in_layer
+
+    def spy(cache: SparseCache, index: int, kept: Tensor, layer: Any = None) -> None:
+        before = int(cache.layers[index].stored().sum())
+        real(cache, index, kept, layer)
+        seen.append((index, before - int(cache.layers[index].stored().sum())))
+
+    monkeypatch.setattr(SparseCache, "keep_in_layer", spy)
+    model = tiny_model("llama", num_hidden_layers=5)
+    cache = compress(model, token_ids(T), DynamicKV(window=4, period=4), 0.75)
+    assert [index for index, _ in seen][:4] == [0, 1, 2, 3] and all(lost for _, lost in seen[:4])
+    assert cache.stored_counts().sum(0).tolist() == [[5 * 22] * 2]
+
+
 def test_every_way_to_ask_gives_the_same_choice(tiny_model: Any) -> None:
     model, ids = tiny_model("llama", num_hidden_layers=5), token_ids(T)
     policy = DynamicKV(window=4, period=2)
