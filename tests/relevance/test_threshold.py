@@ -126,6 +126,10 @@ def test_beta_moves_a_layers_threshold_by_hand():
     assert quantile == pytest.approx(0.3)
     tau = controller.thresholds(2)
     torch.testing.assert_close(tau, torch.tensor([0.3, 0.6]))
+    # the same where the scores have the factor in them already, as those of `atskv` have
+    ranked = ThresholdController(Budget(tokens=2))
+    assert ranked.cut([[r], [r - math.log(2)]], 3)[1][0].tolist() == [True, False, False]
+    torch.testing.assert_close(ranked.thresholds(2, betas=(1.0, 2.0)), tau)
     # r > tau, but for the equals on the threshold, which age decides
     assert (r[kept[1][0]].exp() > tau[1]).all() and not (r[~kept[1][0]].exp() > tau[1] + 1e-6).any()
 

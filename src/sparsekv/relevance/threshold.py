@@ -199,11 +199,14 @@ class ThresholdController:
             flat.append(together - math.log(self.betas[place]) if self.betas else together)
         return torch.cat(flat)
 
-    def thresholds(self, n_layers: int, row: int = 0) -> Tensor:
-        """FloatTensor [L]: tau_l = beta_l * quantile of the last round, in units of r; 0 before any."""
+    def thresholds(self, n_layers: int, row: int = 0, betas: Sequence[float] = ()) -> Tensor:
+        """FloatTensor [L]: tau_l = beta_l * quantile of the last round, in units of r; 0 before any.
+
+        `betas`: those that the scores had in them already (`ATSKV.ranked`), where the controller has none.
+        """
         state = self.rows.get(row, RowState())
-        betas = torch.tensor(self.betas or (1.0,) * n_layers)
-        return betas * math.exp(min(state.log_quantile, 0.0))
+        factors = torch.tensor(self.betas or tuple(betas) or (1.0,) * n_layers)
+        return factors * math.exp(min(state.log_quantile, 0.0))
 
     # ---- state ------------------------------------------------------------------------------------------------
 
