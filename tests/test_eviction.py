@@ -15,6 +15,8 @@ from sparsekv.errors import ConfigError
 from sparsekv.eviction import newest_stored, row_contexts
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
+from sparsekv.policies.adaptive_blocks import AdaptiveBlockDropout
+from sparsekv.policies.attention_scores import attention_weights
 from sparsekv.policies.base import LayerContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.learned_scores import relevance_of_entries
@@ -139,3 +141,15 @@ def test_attention_features_go_on_over_two_tiers(active: int, question: int) -> 
         (notes,) = layer.recent_inputs
         # observers of an entry: never more than the tokens from its own on
         assert bool((notes[0, :, :, 5] <= torch.arange(cache.seen, 0, -1)[:, None]).all())
+
+
+def test_a_blocks_own_queries_are_those_whose_entries_are_there() -> None:
+    """The sink share of a block is measured by tokens 36 to 39 only; the other blocks count as their mean."""
+    _, _, ctx = context_after_a_gap()
+    policy = AdaptiveBlockDropout(block_size=4, n_sink=2, n_recent=1, samples=4)
+    edges = torch.tensor([3, 7, 11, 15, 19])
+    share = policy._sink_share(ctx, edges)
+    hidden, rotary = ctx.observing()
+    weights = attention_weights(ctx.module, hidden, ctx.keys, rotary, torch.arange(15, 19))
+    wanted = weights[..., :2].sum(-1).mean((2, 3))
+    torch.testing.assert_close(share, wanted[..., None].expand(-1, -1, 4))

@@ -118,7 +118,8 @@ class AdaptiveBlockDropout(LayerPolicy):
 
     def _sink_share(self, ctx: LayerContext, edges: Tensor) -> Tensor:
         """FloatTensor [B, H, S]."""
-        first = ctx.keys.shape[2] - ctx.hidden_states.shape[1]  # the column of the oldest hidden state
+        hidden, (cos, sin) = ctx.observing()
+        first = ctx.keys.shape[2] - hidden.shape[1]  # the place of the oldest of them
         columns, block = [], []
         for number, (start, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             picked = start + evenly(self.samples, end - start)
@@ -127,14 +128,13 @@ class AdaptiveBlockDropout(LayerPolicy):
             block.append(torch.full_like(picked, number))
         device = ctx.keys.device
         column, of_block = torch.cat(columns).to(device), torch.cat(block).to(device)
-        cos, sin = ctx.position_embeddings
         shares = [ctx.keys.new_zeros(*ctx.keys.shape[:2], 0, dtype=torch.float32)]
         for some in column.split(_QUERIES_AT_ONCE):
             if some.numel():
                 at, seen = some - first, int(some[-1]) + 1
                 rotary = cos[:, at], sin[:, at]
                 keys = ctx.keys[:, :, :seen]
-                weights = attention_weights(ctx.module, ctx.hidden_states[:, at], keys, rotary, some)
+                weights = attention_weights(ctx.module, hidden[:, at], keys, rotary, some)
                 shares.append(weights[..., : self.n_sink].sum(-1).mean(2))
         n_blocks = edges.shape[0] - 1
         measured = torch.cat(shares, dim=-1)

@@ -225,9 +225,7 @@ class PressLayer(_InLayer):
         if keeps_all(budget, n):
             return torch.ones(ctx.keys.shape[:3], dtype=torch.bool, device=ctx.keys.device)
         ratio = decided_ratio(self.template, self.name, budget, n)
-        if ctx.hidden_states.shape[1] != n and any(
-            isinstance(p, _WHOLE_CONTEXT) for p in nested(self.template)
-        ):
+        if not ctx.covers_entries and any(isinstance(p, _WHOLE_CONTEXT) for p in nested(self.template)):
             raise ConfigError(
                 f"method {self.name} needs the whole context at once: no chunks, no later turns"
             )
