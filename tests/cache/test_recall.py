@@ -100,6 +100,6 @@ def test_free_room_is_filled_with_the_best_pages_and_heads_stay_equal():
 
 def test_attention_that_is_no_number_is_an_error_and_moves_nothing():
     cache, needle = planted_cache()
-    with pytest.raises(ConfigError, match=r"layer 0: the attention is NaN|finite"):
+    with pytest.raises(ConfigError, match="layer 0: the attention is NaN"):
         step(cache, needle * torch.nan)
     assert cache.passive_counts().flatten().tolist() == [48, 48]

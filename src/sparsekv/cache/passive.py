@@ -117,6 +117,18 @@ class PassiveStore(Holdings):
         self._reclaim(self._log(layer), taking=True)
         return self._arrived(found)
 
+    def drop_layer(self, layer: int, counts: Tensor, columns: Tensor) -> None:
+        """Remove entries without reading them, as one who has them already.
+
+        `counts` and `columns` as in `put_layer`. Raises ConfigError, and removes nothing, if an entry isn't there.
+        """
+        self._check_open()
+        request = Request.of(counts, columns)
+        if len(request.columns):
+            places = self._places(layer)
+            places.remove(layer, request, places.find(layer, request)[0])
+            self._reclaim(self._log(layer), taking=True)
+
     def peek_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Read entries, which stay: keys and values [N, D] in the order asked for, copies."""
         self._check_open()

@@ -22,7 +22,7 @@ from sparsekv.cache.exchange import Entries, pick, repack
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.scores import Beside, Block
 from sparsekv.cache.tiered_layer import TieredLayer
-from sparsekv.cache.tiers import Tiers, slack
+from sparsekv.cache.tiers import LENT, Tiers, slack
 from sparsekv.errors import ConfigError
 
 WINDOW = 64
@@ -108,9 +108,13 @@ class TieredReader:
         sizes = residents.alive.sum(dim=1).cpu()
         quotas = torch.tensor(layer.quotas())
         calm = quotas - torch.tensor([slack(quota) for quota in quotas.tolist()])
+        n_rows = (layer.batch, heads)
+        free = (
+            (quotas - sizes).view(n_rows).sum(dim=1, keepdim=True)
+        )  # of a row: its heads lend to each other
         waiting = tiers.counts(self.index, layer.batch, heads)
         deferred = tiers.leaves_it_to_policy(self.index, n_query, residents.seen, int(quotas.min()))
-        full = not deferred and bool((sizes > quotas).any())
+        full = not deferred and (bool((free < 0).any()) or bool((sizes > quotas + LENT).any()))
         over = (sizes - calm).clamp(min=0) if full else torch.zeros_like(sizes)
         fill = torch.zeros_like(sizes)
         if tiers.recall_tokens is not None:
@@ -118,6 +122,8 @@ class TieredReader:
         else:
             if not full and not deferred:
                 fill = torch.minimum((calm - sizes).clamp(min=0), waiting)
+                fits = fill.view(n_rows).sum(dim=1, keepdim=True) <= free
+                fill *= fits.expand(n_rows).flatten()
             asked = torch.minimum(fill + ((sizes - over) // 4).clamp(min=tiers.page_size), waiting)
         return _Plan(sizes, fill, over, waiting.tolist(), asked.tolist())
 
@@ -190,7 +196,8 @@ class TieredReader:
         coming = None
         if offered is not None and self.tiers.recall_tokens is None and block.entries is not None:
             best, places = offered.masked_fill(~block.entries.valid, -1).sort(dim=1, descending=True)
-            rival = torch.arange(best.shape[1], device=device) - fill[:, None]
+            # The `over` weakest leave anyway: who comes is held against those who leave for it.
+            rival = torch.arange(best.shape[1], device=device) - fill[:, None] + over[:, None]
             inside = rival.clamp(0, weakest.shape[1] - 1)
             rivals = weakest.gather(1, inside).masked_fill(rival >= weakest.shape[1], torch.inf)
             matters = (best > MARGIN * rivals) & (best > least(plan.sizes).to(device))

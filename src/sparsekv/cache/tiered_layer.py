@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.cache.exchange import pick, repack, with_room
+from sparsekv.cache.exchange import Entries, pick, repack, with_room
 from sparsekv.cache.layer import Reader, SparseLayer
 from sparsekv.cache.rope import Rotation
 from sparsekv.cache.segments import Segments
-from sparsekv.cache.tiers import Tiers
+from sparsekv.cache.tiers import LENT, Tiers
 from sparsekv.errors import ConfigError
 
 _GROWTH = 64
@@ -78,8 +78,11 @@ class TieredLayer(SparseLayer):
         """Tail slots that a new buffer of segments with `sizes` entries may have beyond them, within the quotas."""
         if self.tiers.held:
             return 0
-        free = min(quota - size for quota, size in zip(self.quotas(), sizes, strict=True))
-        return max(0, min(_GROWTH, free))
+        heads, quotas = self.n_kv_heads, self.quotas()
+        lent = min(quota + LENT - size for quota, size in zip(quotas, sizes, strict=True))
+        rows = range(0, len(sizes), heads)
+        free = min(sum(quotas[row : row + heads]) - sum(sizes[row : row + heads]) for row in rows)
+        return max(0, min(_GROWTH, lent, free // heads))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
@@ -112,19 +115,34 @@ class TieredLayer(SparseLayer):
         if rotation is not None:
             raise ConfigError(NO_ROTATION)
         self.check_fits(kept)
-        self.to_passive(~self._stored_mask(kept))
+        self.to_passive(~self._stored_mask(kept), attended=not self.tiers.held)
         self.forget(kept)
         if not self.tiers.held:
-            self.cut(self.tiers.n_sink)
+            self.cut(self.tiers.n_sink, attended=True)
 
-    def to_passive(self, leaving: Tensor) -> None:
-        """Copy the stored entries `leaving` (BoolTensor [N], in the order of `Segments.live`), but for padding."""
+    def to_passive(self, leaving: Tensor, *, attended: bool) -> None:
+        """Copy the stored entries `leaving` (BoolTensor [N], in the order of `Segments.live`), but for padding.
+
+        `attended`: note that the last forward attended to them. (Not while a context is read: they are too many.)
+        """
         store = self.store
         real = self.tiers.real_columns(store.batch, store.seen, store.keys.device)
         if real is not None:
             segment, column, _ = store.live()
             leaving = leaving & real[segment // store.n_kv_heads, column]
-        self.tiers.swap(self.index, store.batch, store.n_kv_heads, pick(store, leaving))
+        gone = pick(store, leaving)
+        self.tiers.swap(self.index, store.batch, store.n_kv_heads, gone)
+        if attended and len(gone):
+            self._note_attended(gone)
+
+    def _note_attended(self, gone: Entries) -> None:
+        """Add entries, in the order of their segments, to `attended_passive`."""
+        sizes = torch.bincount(gone.segment, minlength=len(self.store.counts))
+        there = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+        columns = torch.full(there.shape, -1, dtype=torch.int64, device=sizes.device)
+        columns[there] = gone.columns.long()
+        noted = self.attended_passive
+        self.attended_passive = columns if noted is None else torch.cat([noted, columns], dim=1)
 
     def _stored_mask(self, kept: Tensor) -> Tensor:
         """BoolTensor [N]: `kept` by column, read for every stored entry."""
@@ -132,10 +150,10 @@ class TieredLayer(SparseLayer):
         segment, column, slot = self.store.live()
         return kept.to(slot.device).expand(-1, heads, -1)[segment // heads, segment % heads, column]
 
-    def cut(self, n_sink: int) -> None:
+    def cut(self, n_sink: int, *, attended: bool = False) -> None:
         """Bring every segment within its quota: the oldest entries but the first `n_sink` leave.
 
-        For the moment after a context was read, when no query can say what matters.
+        For the moment after a context was read, when no query can say what matters. `attended` as in `to_passive`.
         """
         store = self.store
         segment, column, _ = store.live()
@@ -151,7 +169,7 @@ class TieredLayer(SparseLayer):
         rank = before - (sizes.cumsum(0) - sizes)[segment]
         sinks = quotas.clamp(max=n_sink)[segment]
         stays = alive & ((rank < sinks) | (rank >= (sizes - quotas)[segment] + sinks))
-        self.to_passive(~stays)
+        self.to_passive(~stays, attended=attended)
         self._store = repack(store, stays)
 
     def fork(self, kept: Tensor, rotation: Rotation | None = None) -> SparseLayer:

@@ -22,6 +22,12 @@ DISK = "disk:"
 _SLACK = 16
 """A segment over its quota is cut this far below it (less where it is small): one new buffer per so many tokens."""
 
+LENT = 8
+"""Places that a segment may use beyond its quota while its row's other heads leave as many free in the layer.
+
+Otherwise the smallest head of a layer, whose eighth is nothing, would have all of it copied at almost every token.
+"""
+
 
 @dataclass
 class Tiers:
@@ -98,10 +104,12 @@ class Tiers:
         take = _request(coming, rows, heads)
         if take is not None:
             try:
-                self.store.take_layer(layer, take[0], take[1])
+                self.store.drop_layer(layer, take[0], take[1])
             except BaseException:
-                if put is not None:
-                    self.store.take_layer(layer, put[0], put[1])
+                if (
+                    put is not None
+                ):  # nothing is read: files that are damaged can't keep an entry in both tiers
+                    self.store.drop_layer(layer, put[0], put[1])
                 raise
 
     def peek(self, layer: int, counts: Tensor, columns: Tensor, device: torch.device) -> Entries | None:
