@@ -1,7 +1,7 @@
 """Imports point one way: every module may use what stands left of it, and nothing goes round in a circle.
 
     errors registry config_files files < selection architecture < policies < relevance < cache
-    < eviction remembered masked plan observers attention probe < models generation < metrics benchmarks
+    < eviction remembered masked plan observers attention probe < models generation factory < metrics benchmarks
     < config < training < evaluation < reporting < cli
 
 Imports inside functions count too: they hide a wrong direction only from the interpreter.
@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("relevance",),
     ("cache",),
     ("eviction", "remembered", "masked", "plan", "observers", "attention", "probe"),
-    ("models", "generation"),
+    ("models", "generation", "factory"),
     ("metrics", "benchmarks"),
     ("config",),
     ("training",),

@@ -24,7 +24,7 @@ _EXPORTS = {
     "evict_dynamic_cache_inplace": "cache.inplace",
     "SparseCache": "cache.sparse",
     "TieredCache": "cache.tiered",
-    "make_cache": "cache.factory",
+    "make_cache": "factory",
     "prepare": "attention",
     "compress": "generation",
     "make_policy": "policies",

@@ -12,6 +12,7 @@ from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
+from sparsekv.relevance import RelevanceConfig, attach_relevance
 from toy import tiny_model, toy_tokenizer
 
 T = 80
@@ -99,6 +100,38 @@ def test_a_budget_of_zero_evicts_nothing():
     assert cache.intact
 
 
+@pytest.mark.parametrize("features", [("hidden",), ("hidden", "attention"), ("hidden", "handcrafted")])
+@pytest.mark.parametrize("tiered", [False, True])
+def test_atskv_evicts_by_rounds_as_compress_does(features, tiered):
+    model = prepare(tiny_model("llama"))
+    attach_relevance(model, RelevanceConfig(width=8, features=features))
+    ids = some_ids(T + 20)
+    options = {"passive": "cpu", "active": 60, "recall_tokens": 0} if tiered else {}
+    made = make_cache("atskv", model, 40, every=4, tokenizer=toy_tokenizer(), **options)
+    with torch.no_grad():
+        model(input_ids=ids[:, :T], past_key_values=made)
+    logits = stepped_logits(model, made, ids, None, [1] * 20)
+    counts = made.stored_counts().double().mean(dim=(0, 2))
+    assert made.seen == T + 20 and 36 <= float(counts) <= 44
+    if not tiered:
+        cache = compress(model, ids[:, :T], "atskv", 40, phase="both", every=4, tokenizer=toy_tokenizer())
+        assert torch.equal(stepped_logits(model, cache, ids, None, [1] * 20), logits)
+
+
+def test_a_folder_is_free_after_a_cache_was_refused(tmp_path):
+    model, place = tiny_model("llama"), f"disk:{tmp_path / 'tier'}"
+    for method, options in (
+        ("quest", {}),
+        ("key_rerotation(knorm)", {}),
+        ("atskv", {}),
+        ("full", {"recall_tokens": -1}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_cache(method, model, 40, active=60, passive=place, **options)
+        assert "\n" not in str(caught.value)
+        make_cache("full", model, active=8, passive=place).close()
+
+
 def test_what_the_factory_refuses():
     model = tiny_model("llama")
     for arguments, options, match in (
@@ -106,6 +139,10 @@ def test_what_the_factory_refuses():
         (("knorm", model), {}, "knorm: give a budget"),
         (("sink_recent", model), {}, "n_recent"),
         (("kvzip", model, 0.5), {}, "use compress"),
+        (("relevance", model, 20), {}, "use compress"),
+        (("atskv", model, 40), {}, "predictor"),
+        (("atskv", model.config, 40), {}, "give the model itself"),
+        (("quest", model, 20), {"passive": "cpu"}, "chooses what each step reads"),
         (("knorm", model, 20), {"every": 0}, "every must be"),
         (("knorm", model, 20), {"recall_tokens": 5}, "needs a second tier"),
         (("knorm", model, 0.5), {"passive": "cpu"}, "give active"),

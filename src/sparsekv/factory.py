@@ -24,7 +24,10 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import LayerPolicy, Policy, PositionPolicy, TokenContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget, as_budget
+from sparsekv.policies.learned_scores import predictor_of
 from sparsekv.policies.positional import Full
+from sparsekv.relevance.atskv import ATSKV
+from sparsekv.remembered import Rounds, reads_text
 
 
 def make_cache(
@@ -48,8 +51,8 @@ def make_cache(
         "full", "sliding_window", "sink_recent", any other of `sparsekv ls methods` that can evict while decoding, or a
         policy.
     model : a model, or its config
-        With a config, methods that re-rotate keys can't be made, and a two-tier cache can't be saved before `compress`
-        has been given it.
+        With a config, methods that re-rotate keys or read predictors can't be made, and a two-tier cache can't be
+        saved before `compress` has been given it.
     budget : Budget, float (compression_ratio: the fraction removed), int (entries per head) or None (own sizes)
     active, passive, recall_tokens, page_size
         With `active` or `passive` a `TieredCache`, see there. `active` is by default what the budget and `every` need
@@ -80,6 +83,11 @@ def make_cache(
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ConfigError(f"every must be a whole number of tokens >= 1, got {every!r}")
     _check(policy, chosen, model)
+    if tiered and (policy.by_step or policy.rerotate):
+        why = "chooses what each step reads" if policy.by_step else "re-rotates keys"
+        raise ConfigError(
+            f"method {policy.name!r} {why}, which a TieredCache does not take: no active, no passive"
+        )
     if not tiered:
         if recall_tokens is not None:
             raise ConfigError(
@@ -94,17 +102,36 @@ def make_cache(
             recall_tokens=recall_tokens,
             page_size=16 if page_size is None else page_size,
         )
-    cache.tokenizer = tokenizer
+    try:
+        cache.tokenizer = tokenizer
+        _evict_by(cache, policy, chosen, every, model)
+    except BaseException:
+        if isinstance(cache, TieredCache):
+            cache.close()
+        raise
+    return cache
+
+
+def _evict_by(cache: SparseCache, policy: Policy, budget: Budget, every: int, model: Any) -> None:
     if policy.rerotate:
         cache.rotary = inverse_frequencies(_decoder(policy, model))
     if policy.by_step:
-        install_steps(cache, policy, chosen)
-    elif not isinstance(policy, Full):
-        cache.decode = DecodeEviction(policy, chosen, every)
-        if policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text:
-            # Filled by the attention's hook; a flat empty tensor joins rows of any number.
-            cache.ids = torch.zeros(0, dtype=torch.int32)
-    return cache
+        install_steps(cache, policy, budget)
+        return
+    if isinstance(policy, Full):
+        return
+    needs_ids = policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text
+    rounds: Rounds | None = None
+    if isinstance(policy, ATSKV):
+        plain = _with_weights(policy, model)
+        for module in architecture.attention_modules(plain):
+            if int(module.layer_idx) in cache.compressible:  # type: ignore[arg-type]
+                predictor_of(module)  # says so now if there is none
+        rounds, needs_ids = Rounds(policy, budget, every), reads_text(plain)
+    cache.decode = DecodeEviction(policy, budget, every, rounds)
+    if needs_ids:
+        # Filled by the attention's hook; a flat empty tensor joins rows of any number.
+        cache.ids = torch.zeros(0, dtype=torch.int32)
 
 
 def _policy(method: str | Policy, args: dict[str, Any]) -> Policy:
@@ -144,6 +171,12 @@ def _default_active(policy: Policy, budget: Budget, every: int) -> int:
 
 
 def _decoder(policy: Policy, model: Any) -> Any:
-    if not hasattr(architecture.unwrap(model), "named_parameters"):
-        raise ConfigError(f"method {policy.name!r} re-rotates keys: give the model itself, not its config")
-    return architecture.text_model(model)
+    return architecture.text_model(_with_weights(policy, model))
+
+
+def _with_weights(policy: Policy, model: Any) -> Any:
+    plain = architecture.unwrap(model)
+    if not hasattr(plain, "named_parameters"):
+        why = "re-rotates keys" if policy.rerotate else "reads predictors"
+        raise ConfigError(f"method {policy.name!r} {why}: give the model itself, not its config")
+    return plain
