@@ -71,7 +71,7 @@ def test_ctrl_c_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Bar, "advance", stop)
-    path = config(methods=["full"])
+    path = config(methods=["full"], batch_rows=1)
     assert sparsekv("eval", str(path)) == 130
     printed = capsys.readouterr()
     assert f"stopped; 1 rows are kept in {path.parent / 'out'}. To go on: sparsekv eval {path}" in printed.err

@@ -121,7 +121,7 @@ def test_ctrl_c_says_how_to_go_on(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Bar, "advance", stop)
-    path = config()
+    path = config(batch_rows=1)
     assert sparsekv("eval", path) == 130
     printed = capsys.readouterr()
     assert (
