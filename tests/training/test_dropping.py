@@ -12,7 +12,8 @@ from sparsekv.policies.budget import Budget
 from sparsekv.relevance.predictor import attach_relevance
 from sparsekv.training.collate import Collator
 from sparsekv.training.dropping import DroppingConfig, make_plan, resolve_boundaries, row_seeds
-from sparsekv.training.objectives import Output, SparseLMObjective, StandardLMObjective
+from sparsekv.training.objective import Output
+from sparsekv.training.objectives import SparseLMObjective, StandardLMObjective
 from sparsekv.training.relaxation import Relaxation
 from sparsekv.training.setup import policy_of
 from sparsekv.training.student import forward_inputs, head_of, student_output

@@ -8,12 +8,11 @@ from torch.nn.functional import log_softmax
 
 from sparsekv.errors import ConfigError
 from sparsekv.training.linear_loss import Head
+from sparsekv.training.objective import REPEATED, Output
 from sparsekv.training.objectives import (
     OBJECTIVES,
-    REPEATED,
     EITObjective,
     MixedObjective,
-    Output,
     ReconstructionObjective,
     SparseLMObjective,
     StandardLMObjective,

@@ -6,7 +6,7 @@ Shape letters: B rows, T columns of the left-padded batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -187,3 +187,33 @@ def contexts_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
 def labels_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
     """FloatTensor [B]: how many tokens of each row have a label."""
     return (batch["labels"][:, 1:] != IGNORED).sum(1).float()
+
+
+def ready_batch(
+    batch: Mapping[str, Any],
+    dropping: DroppingConfig,
+    *,
+    seed: int,
+    epoch: int,
+    prepare: Callable[[dict[str, Tensor], Sequence[int], Sequence[int]], dict[str, Tensor]] | None,
+) -> dict[str, Tensor]:
+    """A collated batch with seeds and boundaries, and what the objective makes of it (`Objective.prepare`, or None).
+
+    Raises
+    ------
+    ConfigError
+        If padding lies after real tokens.
+    """
+    made = dict(batch)
+    if not bool((made["attention_mask"].diff(dim=1) >= 0).all()):
+        raise ConfigError(
+            "data_collator: padding must lie on the left; this batch has some after real tokens"
+        )
+    first = made["attention_mask"].cumsum(1) <= 1  # a row's first token follows nothing, or padding
+    made["labels"] = made["labels"].masked_fill(first, IGNORED)
+    seeds = row_seeds(seed, epoch, made.pop("sample_index"))
+    boundaries = resolve_boundaries(made[BOUNDARY], made["attention_mask"], seeds, dropping.boundary)
+    if prepare is not None:
+        made = prepare(made, boundaries, seeds)
+    made[BOUNDARY], made[SEEDS] = torch.tensor(boundaries), torch.tensor(seeds)
+    return made

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from sparsekv import architecture
+from sparsekv.errors import ConfigError
 from sparsekv.plan import SelectionPlan
 from sparsekv.policies.base import keep_top
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
 from sparsekv.training.data_layout import IGNORED
+from sparsekv.training.dropping import BOUNDARY, labels_of_rows
 from sparsekv.training.objectives import StandardLMObjective
 from sparsekv.training.relaxation import RelaxedRelevance
 from sparsekv.training.student import student_output
+
+if TYPE_CHECKING:
+    from sparsekv.training.trainer import SparseKVTrainer
 
 
 def after_the_boundary(batch: Mapping[str, Tensor], boundary: Tensor) -> dict[str, Tensor]:
@@ -67,3 +73,48 @@ def served_by_scores(
         leaves = looking.leaves(start, end, kept.device)
         at[row, layers, :, start:end] = torch.where(kept, NEVER, leaves).to(torch.int32)
     return SelectionPlan(selection=Selection(at.to(batch["input_ids"].device)), window=plan.window)
+
+
+@torch.no_grad()
+def held_out_sums(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    plan_of: Callable[[Mapping[str, Tensor]], SelectionPlan],
+    ratio: float,
+    device: torch.device,
+) -> Tensor:
+    """float64 [3], over all batches: cross-entropy with the full cache, that under eviction, and labels.
+
+    Parameters
+    ----------
+    model : in whatever mode; it is left in the same
+    batches : as `SparseKVTrainer` makes them ready
+    plan_of : from a batch to what is hidden of it
+    ratio : fraction to remove, where predictors decide
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            ready = after_the_boundary(batch, batch[BOUNDARY])
+            served = served_by_scores(model, ready, plan_of(ready), ratio)
+            sums[:2] += summed_losses(model, ready, (None, served))
+            sums[2] += float(labels_of_rows(ready).sum())
+    finally:
+        model.train(training)
+    return sums
+
+
+class Baseline(TrainerCallback):
+    """Measures the full-cache perplexity before the first step, where a curriculum needs it."""
+
+    def __init__(self, trainer: SparseKVTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate once, if nothing was observed yet."""
+        if self.trainer.curriculum.needs_baseline:
+            if self.trainer.eval_dataset is None:
+                raise ConfigError("curriculum adaptive decides by held-out perplexity: give eval_dataset=...")
+            self.trainer.evaluate()

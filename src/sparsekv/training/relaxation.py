@@ -194,3 +194,12 @@ class ScoreQuantiles:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._values = None if state["values"] is None else [float(v) for v in state["values"]]
+
+
+def mean_over_processes(heard: Tensor | None, accelerator: Any) -> Tensor | None:
+    """The mean of what processes heard, [GRID]; None if none heard anything. Every process takes part."""
+    packed = torch.zeros(ScoreQuantiles.GRID + 1, device=accelerator.device)
+    if heard is not None:
+        packed[:-1], packed[-1] = heard, 1.0
+    packed = accelerator.reduce(packed, "sum")
+    return packed[:-1] / packed[-1] if float(packed[-1]) else None

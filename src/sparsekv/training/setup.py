@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerPolicy, Policy, TokenPolicy
+from sparsekv.policies.soft import SoftThreshold
+from sparsekv.policies.soft_scores import SoftScores
 from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.predictor import (
     NAME,
@@ -101,6 +105,50 @@ def with_predictors(
                 f"start_from '{start_from}' has predictors of {key} {found[key]!r}, the config asks for {value!r}"
             )
     return model
+
+
+def forbid_reentrant(args: TrainingArguments) -> None:
+    """Make gradient checkpointing, where it is asked for, of the kind that is not reentrant.
+
+    Raises
+    ------
+    ConfigError
+        If reentrant checkpointing is asked for.
+    """
+    if not args.gradient_checkpointing:
+        return
+    given: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})
+    if given.setdefault("use_reentrant", False):
+        raise ConfigError(
+            "gradient_checkpointing_kwargs: use_reentrant must be False; reentrant checkpointing loses the "
+            "gradients of side losses"
+        )
+    args.gradient_checkpointing_kwargs = given
+
+
+SOFTEST_TO_HARDEST = 0.1
+"""Soft policies of a press start at their own temperature, which falls linearly to this fraction of it."""
+
+
+def drawn_policy(policy: Policy, seed: int, progress: float) -> Policy:
+    """What a press's policy is at `progress` (0 to 1) of training: drawn by `seed` where it draws, and ever harder."""
+    draw = getattr(policy, "draw", None)
+    drawn: Policy = draw(seed) if callable(draw) else policy
+    if isinstance(drawn, (SoftThreshold, SoftScores)):
+        share = 1 - (1 - SOFTEST_TO_HARDEST) * min(max(progress, 0.0), 1.0)
+        return replace(drawn, temperature=drawn.temperature * share)
+    return drawn
+
+
+def give_own_group(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, lr: float, weight_decay: float
+) -> None:
+    """Move some of an optimizer's parameters to a group of their own."""
+    ids = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    optimizer.add_param_group({"params": list(parameters), "lr": lr, "weight_decay": weight_decay})
 
 
 def sparsity_kind(press: Any) -> str | None:

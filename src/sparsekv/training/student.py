@@ -13,7 +13,7 @@ from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.plan import SelectionPlan
 from sparsekv.training.linear_loss import Head
-from sparsekv.training.objectives import Output
+from sparsekv.training.objective import Output
 
 
 def head_of(model: Any) -> Head:

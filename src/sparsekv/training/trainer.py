@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
-from sparsekv.observers import AttentionSparsity, RetainedAttention
 from sparsekv.plan import Observer, SelectionPlan
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget, Scope
-from sparsekv.policies.soft import SoftThreshold
-from sparsekv.policies.soft_scores import SoftScores
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
@@ -43,25 +39,35 @@ from sparsekv.training.dropping import (
     BOUNDARY,
     SEEDS,
     DroppingConfig,
-    achieved_compression,
     contexts_of_rows,
     labels_of_rows,
     make_plan,
-    resolve_boundaries,
-    row_seeds,
+    ready_batch,
     seed_of,
 )
-from sparsekv.training.held_out import after_the_boundary, served_by_scores, summed_losses
+from sparsekv.training.held_out import Baseline, held_out_sums
+from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
-from sparsekv.training.objectives import EITObjective, Objective, StandardLMObjective
-from sparsekv.training.relaxation import Relaxation, RelaxedRelevance, ScoreQuantiles
+from sparsekv.training.objective import Objective
+from sparsekv.training.objectives import EITObjective, StandardLMObjective
+from sparsekv.training.relaxation import (
+    Relaxation,
+    RelaxedRelevance,
+    ScoreQuantiles,
+    mean_over_processes,
+)
 from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer
 from sparsekv.training.samples import Samples
-from sparsekv.training.setup import moves_without_adapters, policy_of, sparsity_kind, with_lora
+from sparsekv.training.setup import (
+    drawn_policy,
+    forbid_reentrant,
+    give_own_group,
+    moves_without_adapters,
+    policy_of,
+    sparsity_kind,
+    with_lora,
+)
 from sparsekv.training.student import student_output, teacher_output
-
-SOFTEST_TO_HARDEST = 0.1
-"""Soft policies of a press start at their own temperature, which falls linearly to this fraction of it."""
 
 
 class SparseKVTrainer(ResumableTrainer):
@@ -135,14 +141,7 @@ class SparseKVTrainer(ResumableTrainer):
 
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
-        if args.gradient_checkpointing:
-            given = dict(args.gradient_checkpointing_kwargs or {})
-            if given.setdefault("use_reentrant", False):
-                raise ConfigError(
-                    "gradient_checkpointing_kwargs: use_reentrant must be False; reentrant checkpointing loses the "
-                    "gradients of side losses"
-                )
-            args.gradient_checkpointing_kwargs = given
+        forbid_reentrant(args)
         if relaxation is not None and press is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # predictors take no part in a press's steps
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
@@ -212,7 +211,7 @@ class SparseKVTrainer(ResumableTrainer):
         # compute_loss divides by the items of the whole step; this version pair would divide once more.
         self.accelerator.gradient_accumulation_steps = 1
         self.model_accepts_loss_kwargs = True
-        self.add_callback(_Baseline(self))
+        self.add_callback(Baseline(self))
         self.add_callback(LogWithCheckpoints)
 
     # ---- batches ----------------------------------------------------------------------------------------------
@@ -233,19 +232,8 @@ class SparseKVTrainer(ResumableTrainer):
 
     def _ready(self, batch: Mapping[str, Any], epoch: int, *, judged: bool = False) -> dict[str, Tensor]:
         """Seeds and boundaries; then what the objective makes of the batch, unless it is to be `judged`."""
-        made = dict(batch)
-        if not bool((made["attention_mask"].diff(dim=1) >= 0).all()):
-            raise ConfigError(
-                "data_collator: padding must lie on the left; this batch has some after real tokens"
-            )
-        first = made["attention_mask"].cumsum(1) <= 1  # a row's first token follows nothing, or padding
-        made["labels"] = made["labels"].masked_fill(first, IGNORED)
-        seeds = row_seeds(self.args.seed, epoch, made.pop("sample_index"))
-        boundaries = resolve_boundaries(made[BOUNDARY], made["attention_mask"], seeds, self.dropping.boundary)
-        if not judged:
-            made = self.objective.prepare(made, boundaries, seeds)
-        made[BOUNDARY], made[SEEDS] = torch.tensor(boundaries), torch.tensor(seeds)
-        return made
+        made_of = None if judged else self.objective.prepare
+        return ready_batch(batch, self.dropping, seed=self.args.seed, epoch=epoch, prepare=made_of)
 
     # ---- one micro-batch ----------------------------------------------------------------------------------
 
@@ -284,7 +272,8 @@ class SparseKVTrainer(ResumableTrainer):
             if penalty is not None:
                 loss = loss + penalty
                 self.meter.add({"budget_penalty": float(penalty.detach())}, {"budget_penalty": share})
-        self._measure(plan, inputs, losses.parts, losses.counts, ratio)
+        measure(self.meter, plan, inputs, losses, ratio)
+        self._hear_scores(plan)
         loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -329,39 +318,15 @@ class SparseKVTrainer(ResumableTrainer):
         policy = getattr(self.press, "policy", None) or self.policy  # a press's own settings may have changed
         if policy is None:
             raise ConfigError("nothing drops entries")
-        draw = getattr(policy, "draw", None)
-        drawn: Policy = draw(seed) if callable(draw) else policy
-        if isinstance(drawn, (SoftThreshold, SoftScores)):
-            share = 1 - (1 - SOFTEST_TO_HARDEST) * min(max(progress, 0.0), 1.0)
-            return replace(drawn, temperature=drawn.temperature * share)
-        return drawn
+        return drawn_policy(policy, seed, progress)
 
     def _observers(self, seeds: list[int], weights: list[float]) -> tuple[Observer, ...]:
-        found: list[Observer] = []
-        kind: Any = self.objective.sparsity_kind or sparsity_kind(self.press)
-        if kind is not None:
-            found.append(AttentionSparsity(kind=kind, seeds=tuple(seeds), weights=tuple(weights)))
         every = max(int(self.state.logging_steps or 1), 1)
-        if (self.state.global_step + 1) % every == 0:
-            found.append(RetainedAttention())
-        return tuple(found)
+        logged = (self.state.global_step + 1) % every == 0
+        kind = self.objective.sparsity_kind or sparsity_kind(self.press)
+        return observers_of_step(kind, seeds, weights, logged=logged)
 
-    def _measure(
-        self,
-        plan: SelectionPlan,
-        inputs: Mapping[str, Tensor],
-        parts: Mapping[str, Tensor],
-        counts: Mapping[str, int],
-        ratio: float,
-    ) -> None:
-        self.meter.add({name: float(value) for name, value in parts.items()}, counts)
-        self.meter.add_tokens(int(inputs["attention_mask"].sum()))
-        self.meter.add_mean("requested_compression", ratio)
-        achieved = achieved_compression(plan, inputs["attention_mask"], inputs[BOUNDARY].tolist())
-        self.meter.add_mean("achieved_compression", achieved)
-        retained = plan.collected.get("retained_attention")
-        if retained:
-            self.meter.add_mean("retained_attention", float(torch.stack(list(retained.values())).mean()))
+    def _hear_scores(self, plan: SelectionPlan) -> None:
         if plan.scores and self.relaxation is not None and self.relaxation.threshold == "quantile":
             self._scores += [scores for rows in plan.scores.values() for scores in rows]
 
@@ -372,11 +337,7 @@ class SparseKVTrainer(ResumableTrainer):
         heard = ScoreQuantiles.of(self._scores) if self._scores else None
         self._scores = []
         if self.args.world_size > 1:
-            packed = torch.zeros(ScoreQuantiles.GRID + 1, device=self.args.device)
-            if heard is not None:
-                packed[:-1], packed[-1] = heard, 1.0
-            packed = self.accelerator.reduce(packed, "sum")
-            heard = packed[:-1] / packed[-1] if float(packed[-1]) else None
+            heard = mean_over_processes(heard, self.accelerator)
         if heard is not None:
             self.quantiles.observe(heard)
 
@@ -395,19 +356,15 @@ class SparseKVTrainer(ResumableTrainer):
         step, total = self.state.global_step, max(self.state.max_steps, 1)
         ratio = self.curriculum.ratio(step, total)
         policy = self._policy(step, step / total, ratio, judged=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.eval()
-        try:
-            for batch in loader:
-                ready = self._prepare_inputs(self._ready(batch, epoch=-1, judged=True))
-                ready = after_the_boundary(ready, ready[BOUNDARY])
-                plan = self.plan(ready, policy, ratio, hard=not isinstance(policy, RelaxedRelevance))
-                sums[:2] += summed_losses(model, ready, (None, served_by_scores(model, ready, plan, ratio)))
-                sums[2] += float(labels_of_rows(ready).sum())
-        finally:
-            model.train(training)
+        batches = (self._prepare_inputs(self._ready(batch, epoch=-1, judged=True)) for batch in loader)
+        hard = not isinstance(policy, RelaxedRelevance)
+        sums = held_out_sums(
+            self.accelerator.unwrap_model(self.model),
+            batches,
+            lambda ready: self.plan(ready, policy, ratio, hard=hard),
+            ratio,
+            self.args.device,
+        )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, "sum")
         count = max(float(sums[2]), 1.0)
@@ -433,13 +390,7 @@ class SparseKVTrainer(ResumableTrainer):
         own = [p for m in relevance_modules(self.model).values() for p in getattr(m, NAME).parameters()]
         own = [p for p in own if p.requires_grad]
         if made and own:
-            ids = {id(p) for p in own}
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in ids]
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-            optimizer.add_param_group(
-                {"params": own, "lr": self.relevance_lr, "weight_decay": self.relevance_weight_decay}
-            )
+            give_own_group(optimizer, own, lr=self.relevance_lr, weight_decay=self.relevance_weight_decay)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -447,17 +398,3 @@ class SparseKVTrainer(ResumableTrainer):
         if "loss" in logs:
             logs = {**logs, **self.meter.read()}
         super().log(logs, start_time)
-
-
-class _Baseline(TrainerCallback):
-    """Measures the full-cache perplexity before the first step, where a curriculum needs it."""
-
-    def __init__(self, trainer: SparseKVTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate once, if nothing was observed yet."""
-        if self.trainer.curriculum.needs_baseline:
-            if self.trainer.eval_dataset is None:
-                raise ConfigError("curriculum adaptive decides by held-out perplexity: give eval_dataset=...")
-            self.trainer.evaluate()
