@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Scatter, SmallKeys
+from sparsekv import make_cache
 from sparsekv.attention import prepare
-from sparsekv.cache.factory import make_cache
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from oracle import stepped_logits
+from sparsekv import make_cache
 from sparsekv.attention import prepare
-from sparsekv.cache.factory import make_cache
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.eviction import newest_stored, row_contexts
