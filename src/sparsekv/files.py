@@ -20,6 +20,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the system write down which files a folder has: a new name lasts through a loss of power only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write every byte: `os.write` may take fewer."""
     view = memoryview(data)

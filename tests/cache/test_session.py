@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged
@@ -187,3 +190,57 @@ def test_what_can_not_be_saved(tmp_path):
     cache.save(tmp_path / "session")
     with pytest.raises(ConfigError, match="with the model itself"):
         TieredCache.load(tmp_path / "session", model.config)
+
+
+def test_one_writes_a_session_at_a_time(tmp_path):
+    model, cache = saved(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with FileLock(str(tmp_path / ".lock")), pytest.raises(ConfigError, match="being written by another"):
+        cache.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    cache.save(tmp_path)
+    assert TieredCache.load(tmp_path, model).seen == T
+
+
+@pytest.mark.parametrize("error", [ConfigError("damaged"), KeyboardInterrupt(), MemoryError()])
+def test_whatever_ends_a_writing_leaves_no_files_of_it(tmp_path, monkeypatch, error):
+    model, cache = saved(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    real, asked = cache.tiers.store.peek_layer, []
+
+    def fails(*arguments):
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(cache.tiers.store, "peek_layer", fails)
+    with pytest.raises(type(error)):
+        cache.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert TieredCache.load(tmp_path, model).seen == T
+
+
+def test_files_of_a_cache_that_is_dropped_are_closed(tmp_path):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("needs /proc")
+    model = prepare(tiny_model("llama"))
+
+    def opened() -> int:
+        gc.collect()
+        return sum(str(tmp_path) in os.readlink(path) for path in descriptors.iterdir() if path.is_symlink())
+
+    for number in range(3):
+        compress(
+            model,
+            some_ids()[:, :T],
+            Ends(),
+            0.8,
+            cache=TieredCache(model, 8, f"disk:{tmp_path / str(number)}"),
+        )
+    assert opened() == 0
+    with TieredCache(model, 8, f"disk:{tmp_path / 'again'}") as cache:
+        compress(model, some_ids()[:, :T], Ends(), 0.8, cache=cache)
+        assert opened() > 0
+    assert opened() == 0

@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class FileChunk(Chunk):
             raise self._damaged("is missing") from None
         except OSError as error:
             raise failed(path, error, "made" if create else "opened") from error
+        # A store that is dropped without `close` must not keep its files open.
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self._close.atexit = False
         try:
             if create:
                 os.ftruncate(self.descriptor, self.size)
@@ -93,7 +97,7 @@ class FileChunk(Chunk):
             self.discard(remove=create)
             raise failed(path, error, "made" if create else "read") from error
         except ConfigError:
-            os.close(self.descriptor)
+            self._close()
             raise
         parts = torch.frombuffer(mapped, dtype=dtype, count=2 * capacity * width, offset=_HEADER)
         keys, values = parts.view(2, capacity, width)
@@ -192,7 +196,7 @@ class FileChunk(Chunk):
 
     def discard(self, *, remove: bool) -> None:
         """Close the file; its mapping goes with the last tensor on it."""
-        os.close(self.descriptor)
+        self._close()
         if remove:
             self.path.unlink(missing_ok=True)
 

@@ -11,7 +11,6 @@ doesn't name does not count, so a process may die at any moment: the folder is w
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from sparsekv.cache.disk_log import BLOCK_ROWS, DTYPES, DiskLog, failed
 from sparsekv.cache.pages import LayerIndex
 from sparsekv.cache.places import Ints, Request
 from sparsekv.errors import ConfigError
-from sparsekv.files import write_atomically
+from sparsekv.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsekv passive store"
@@ -76,12 +75,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace manifest.json, and have the folder's list of files written down."""
     body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     text = json.dumps({**body, "checksum": _sum_of(body)}, indent=1, ensure_ascii=False)
+    sync_folder(folder)  # the files that it names, before it does
     write_atomically(folder / MANIFEST, text + "\n")
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

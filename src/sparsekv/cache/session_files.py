@@ -9,6 +9,7 @@ session of before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,17 +18,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsekv.errors import ConfigError
-from sparsekv.files import write_atomically
+from sparsekv.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "sparsekv session"
 VERSION = 1
-_OWN = re.compile(r"[a-z]+(-\d+)?-[0-9a-f]{8}\.safetensors(\.tmp)?|manifest\.json(\.tmp)?")
+_OWN = re.compile(r"[a-z]+(-\d+)?-[0-9a-f]{8}\.safetensors(\.tmp)?|manifest\.json(\.tmp)?|\.lock")
 
 
 def write_session(
@@ -42,10 +44,12 @@ def write_session(
     """
     target = Path(folder).expanduser()
     writing = secrets.token_hex(4)
+    lock = FileLock(str(target / ".lock"))
     files: dict[str, dict[str, Any]] = {}
     try:
         target.mkdir(parents=True, exist_ok=True)
         _refuse_others(target)
+        lock.acquire(timeout=0)
         for name, tensors in parts:
             data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
             file = f"{name}-{writing}.safetensors"
@@ -53,14 +57,24 @@ def write_session(
             write_atomically(target / file, data)
         body = {"format": FORMAT, "version": VERSION, **header, "files": files}
         text = json.dumps({**body, "sha256": _sum(body)}, indent=1, ensure_ascii=False)
+        sync_folder(target)
         write_atomically(target / MANIFEST, text + "\n")
-    except OSError as error:
-        _remove(target, [one["file"] for one in files.values()])
-        raise ConfigError(
-            f"session folder '{target}' cannot be written: {error.strerror or error}"
-        ) from error
-    named = {one["file"] for one in files.values()}
-    _remove(target, [path.name for path in target.glob("*.safetensors*") if path.name not in named])
+        sync_folder(target)
+        # Whatever else there is belongs to no session: nobody else writes while the lock is held.
+        stays = {one["file"] for one in files.values()}
+        _remove(target, [path.name for path in target.glob("*.safetensors*") if path.name not in stays])
+    except Timeout:
+        raise ConfigError(f"session folder '{target}' is being written by another process") from None
+    except BaseException as error:
+        if not _is_named(target, writing):
+            _remove(target, [one["file"] for one in files.values()])
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"session folder '{target}' cannot be written: {error.strerror or error}"
+            ) from error
+        raise
+    finally:
+        lock.release()
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:
@@ -142,7 +156,17 @@ def _refuse_others(folder: Path) -> None:
         )
 
 
+def _is_named(folder: Path, writing: str) -> bool:
+    """The manifest is that of this writing already, so its files must stay."""
+    try:
+        return f"-{writing}.safetensors" in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files; one that can't be is left for the next writing."""
     for name in names:
         for path in (folder / name, folder / f"{name}.tmp"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)

@@ -98,11 +98,15 @@ class TieredCache(SparseCache):
             n_sink=n_sink,
             n_recent=n_recent,
         )
-        super().__init__(config)
-        for index in self.compressible:
-            self.layers[index] = self.fresh_layer(index)
-        if hasattr(architecture.unwrap(model), "named_parameters"):
-            self.belong_to(model)
+        try:
+            super().__init__(config)
+            for index in self.compressible:
+                self.layers[index] = self.fresh_layer(index)
+            if hasattr(architecture.unwrap(model), "named_parameters"):
+                self.belong_to(model)
+        except BaseException:
+            self.tiers.store.close()
+            raise
 
     def fresh_layer(self, index: int) -> TieredLayer:
         """An empty layer that shares the tiers of this cache."""
@@ -300,6 +304,12 @@ class TieredCache(SparseCache):
         """Give the passive tier back: its memory, or the files of its folder and the lock on it."""
         self.reset()
         self.tiers.store.close()
+
+    def __enter__(self) -> TieredCache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # ---- sessions -----------------------------------------------------------------------------------------------
 
