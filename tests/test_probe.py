@@ -143,6 +143,8 @@ def test_what_needs_a_prefill_of_its_own_is_refused():
 
 def test_hooks_are_removed_even_after_an_error():
     model = prepare(tiny_model("llama"))
+    before = [list(module._forward_hooks) for module in model.modules()]
     with pytest.raises(ZeroDivisionError), after_each_layer(model, lambda *_: None):
+        assert [list(module._forward_hooks) for module in model.modules()] != before
         raise ZeroDivisionError
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [list(module._forward_hooks) for module in model.modules()] == before

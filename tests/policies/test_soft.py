@@ -33,8 +33,11 @@ class Relevance(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
         return hidden[..., :2] * self.scale
+
+    def extra_of(self, ctx: LayerContext) -> None:
+        """No features beside the hidden state."""
 
 
 def with_relevance(ctx: LayerContext) -> LayerContext:
