@@ -162,10 +162,11 @@ class _Fused(torch.autograd.Function):
                     None if teacher_states is None or kl_weight is None else kl_weight[own],
                     temperature,
                     softcap,
+                    training,
                 )
                 if kl_of_rows is not None:
                     kl[own] = kl_of_rows
-                if training:
+                if grad is not None:
                     if grad_bias is not None:
                         grad_bias += grad.sum(0)
                     raw[local] = grad.to(raw.dtype)  # the gradient takes the logits' place
@@ -200,9 +201,10 @@ def _of_rows(
     kl_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(CE [n], KL [n] or None, gradient of their weighted sum [n, V]) from fp32 logits [n, V], in as few passes over
-    the vocabulary as there are. Both logits are used up.
+    the vocabulary as there are; no gradient unless `training`. Both logits are used up.
 
     The gradient is (ce_weight + kl_weight) p - ce_weight [label] - kl_weight q at temperature 1, and with another
     temperature t: ce_weight (p - [label]) + t kl_weight (p_t - q_t).
@@ -222,11 +224,13 @@ def _of_rows(
         if plain:
             p_weight = ce_weight + kl_weight
         else:
-            soft = log_soft.exp_()
+            soft = log_soft
+    if not training:
+        return ce, kl, None
     grad = log_p.exp_().mul_(p_weight[:, None])
     if q is not None and kl_weight is not None:
         if soft is not None:
-            q.sub_(soft)
+            q.sub_(soft.exp_())
         grad.addcmul_(q, kl_weight[:, None], value=-temperature)
     grad.scatter_add_(1, labels[:, None], -ce_weight[:, None])
     if softcap is not None:
