@@ -86,17 +86,14 @@ class Answerer:
         """Replies to several prompts, one per setting of each; what shares a prefill decodes side by side."""
         replies: list[dict[int, Reply]] = [{} for _ in asked]
         waiting: list[_Batch] = []
-        for place, (prompt, settings) in enumerate(asked):
-            shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
-            for batch in self._forks(place, prompt, shared) if shared else ():
-                alone = prompt.is_scored_text or not self.batch_cells or not can_join(batch.cache)
-                if alone or sum(b.n_bytes for b in [*waiting, batch]) > BATCH_BYTES:
-                    self._respond_to(waiting, replies)
-                    waiting = []
-                waiting.append(batch)
-                if alone:
-                    self._respond_to(waiting, replies)
-                    waiting = []
+        for batch in self._batches(asked):
+            if batch.prompt.is_scored_text or not self.batch_cells or not can_join(batch.cache):
+                self._respond_to([batch], replies)
+                continue
+            if sum(one.n_bytes for one in [*waiting, batch]) > BATCH_BYTES:
+                self._respond_to(waiting, replies)
+                waiting = []
+            waiting.append(batch)
         self._respond_to(waiting, replies)
         for (prompt, settings), found in zip(asked, replies, strict=True):
             for index, setting in enumerate(settings):
@@ -173,6 +170,13 @@ class Answerer:
             raise ConfigError(
                 message if setting.method in message else f"method '{setting.method}': {message}"
             ) from None
+
+    def _batches(self, asked: Sequence[tuple[Prompt, Sequence[Setting]]]) -> Iterator[_Batch]:
+        """What shares a prefill, prompt by prompt; each is read when it is asked for."""
+        for place, (prompt, settings) in enumerate(asked):
+            shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
+            if shared:
+                yield from self._forks(place, prompt, shared)
 
     def _forks(self, place: int, prompt: Prompt, settings: dict[int, Setting]) -> Iterator[_Batch]:
         """The caches of the settings of one prompt, which share its prefill: as few as memory allows."""
