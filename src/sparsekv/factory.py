@@ -16,6 +16,7 @@ import torch
 
 from sparsekv import architecture
 from sparsekv.cache.decode import DecodeEviction
+from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.steps import install_steps
@@ -100,7 +101,7 @@ def make_cache(
             _default_active(policy, chosen, every) if active is None else active,
             passive or "cpu",
             recall_tokens=recall_tokens,
-            page_size=16 if page_size is None else page_size,
+            page_size=PAGE_SIZE if page_size is None else page_size,
         )
     try:
         cache.tokenizer = tokenizer
@@ -120,7 +121,7 @@ def _evict_by(cache: SparseCache, policy: Policy, budget: Budget, every: int, mo
         return
     if isinstance(policy, Full):
         return
-    needs_ids = policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text
+    needs_ids = policy.needs_ids
     rounds: Rounds | None = None
     if isinstance(policy, ATSKV):
         plain = _with_weights(policy, model)

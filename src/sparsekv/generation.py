@@ -145,7 +145,7 @@ def compress(
     if not remember:
         for _, layer in cache.sparse_layers():
             layer.recent_inputs = None
-    needs_ids = policy.needs_ids if isinstance(policy, TokenPolicy) else policy.reads_text
+    needs_ids = policy.needs_ids
     if rounds is not None:
         rounds.every, needs_ids = every, reads_text(plain)
     if phase == "prefill" or not needs_ids:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from sparsekv.cache import disk_manifest as manifests
 from sparsekv.cache.disk_log import DTYPES, DiskLog, FileChunk, failed
 from sparsekv.cache.entry_log import EntryLog
+from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.passive import PassiveStore
 from sparsekv.errors import ConfigError
 
@@ -60,7 +61,7 @@ class DiskStore(PassiveStore):
         folder: str | Path,
         fingerprint: Mapping[str, Any] | None = None,
         *,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         file_bytes: int = 64 << 20,
     ) -> None:
         super().__init__(page_size)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.entry_log import Chunk, EntryLog
+from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.passive import PassiveStore
 from sparsekv.cache.places import Ints
 
@@ -63,7 +64,7 @@ class MemoryStore(PassiveStore):
     have arrived, and a read waits for them.
     """
 
-    def __init__(self, page_size: int = 16) -> None:
+    def __init__(self, page_size: int = PAGE_SIZE) -> None:
         super().__init__(page_size)
         self._memory: dict[int, MemoryLog] = {}
 

@@ -24,6 +24,9 @@ from sparsekv.cache.places import NONE, Ints, Places, padded, remap
 from sparsekv.errors import ConfigError
 from sparsekv.policies.step_rules import page_bounds
 
+PAGE_SIZE = 16
+"""Entries per page, where nothing else is asked for."""
+
 _AT_ONCE = 4096
 """Pages summarised in one go: bounds the keys that are copied for it."""
 

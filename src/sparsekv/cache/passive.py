@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.holdings import Holdings
-from sparsekv.cache.pages import LayerBounds, LayerIndex
+from sparsekv.cache.pages import PAGE_SIZE, LayerBounds, LayerIndex
 from sparsekv.cache.places import Request
 from sparsekv.errors import ConfigError
 
@@ -53,7 +53,7 @@ class PassiveStore(Holdings):
         entries came from.
     """
 
-    def __init__(self, page_size: int = 16) -> None:
+    def __init__(self, page_size: int = PAGE_SIZE) -> None:
         super().__init__(page_size)
         self.dtype: torch.dtype | None = None
         self.width: int | None = None

@@ -67,7 +67,7 @@ class TieredReader:
             If activations are NaN, or the passive tier can't be read or written: then nothing has moved.
         """
         tiered, n_query = _tiered(layer), query.shape[2]
-        real = self.tiers.real_columns(layer.batch, layer.get_seq_length(), query.device)
+        real = self.tiers.real_columns(layer.get_seq_length(), query.device)
         residents = _Residents(tiered, real)
         plan = self._plan(tiered, residents, n_query)
         tiered.attended_passive = None

@@ -22,6 +22,7 @@ from sparsekv import architecture
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
 from sparsekv.cache.fingerprint import weights_fingerprint
+from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.recall import TieredReader
 from sparsekv.cache.session import check_model, fill, save_session
 from sparsekv.cache.session_files import read_header
@@ -75,7 +76,7 @@ class TieredCache(SparseCache):
         passive: str = "cpu",
         *,
         recall_tokens: int | None = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         n_sink: int = 4,
         n_recent: int = 16,
     ) -> None:

@@ -126,7 +126,7 @@ class TieredLayer(SparseLayer):
         `attended`: note that the last forward attended to them. (Not while a context is read: they are too many.)
         """
         store = self.store
-        real = self.tiers.real_columns(store.batch, store.seen, store.keys.device)
+        real = self.tiers.real_columns(store.seen, store.keys.device)
         if real is not None:
             segment, column, _ = store.live()
             leaving = leaving & real[segment // store.n_kv_heads, column]
@@ -157,7 +157,7 @@ class TieredLayer(SparseLayer):
         """
         store = self.store
         segment, column, _ = store.live()
-        real = self.tiers.real_columns(store.batch, store.seen, column.device)
+        real = self.tiers.real_columns(store.seen, column.device)
         alive = torch.ones_like(column, dtype=torch.bool)
         if real is not None:
             alive = real[segment // store.n_kv_heads, column]

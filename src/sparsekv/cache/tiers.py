@@ -60,7 +60,7 @@ class Tiers:
     held: bool = False
     decode: DecodeEviction | None = None
 
-    def real_columns(self, rows: int, seen: int, device: torch.device) -> Tensor | None:
+    def real_columns(self, seen: int, device: torch.device) -> Tensor | None:
         """BoolTensor [B, T seen] of the columns that are no padding, or None if there is none."""
         if self.real is None:
             return None

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.steps import attended_fraction
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.cache.tiers import DISK
 from sparsekv.config import MethodConfig
-
-PAGE_SIZE = 16
-"""Of a `TieredCache`, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)

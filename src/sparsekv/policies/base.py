@@ -207,14 +207,18 @@ class Policy(ABC):
         """True if a tokenizer is needed."""
         return False
 
+    @property
+    def needs_ids(self) -> bool:
+        """True if token ids must be remembered while decoding."""
+        return self.reads_text
+
 
 class TokenPolicy(Policy):
     """A policy that needs no scores: it reads positions and token ids only, before the forward."""
 
     route = "tokens"
 
-    needs_ids: ClassVar[bool] = True
-    """False if only positions count: then no token ids are remembered while decoding."""
+    needs_ids = True
 
     @abstractmethod
     def keep_row(self, row: TokenRow, budget: Budget) -> Tensor:

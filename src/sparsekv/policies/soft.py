@@ -19,7 +19,7 @@ from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.attention_scores import BLOCK_SIZE, attention_over_uniform
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.blocks import DEFAULT_RECENT, Middle, middle_of
-from sparsekv.policies.budget import Budget
+from sparsekv.policies.budget import Budget, Scope
 from sparsekv.policies.learned_scores import relevance_of_entries
 from sparsekv.policies.sizes import check_size, refuse_budget
 
@@ -150,10 +150,27 @@ class SoftThreshold(LayerPolicy):
             raise ConfigError(
                 f"{self.name}: a budget of scope 'model' needs the scores of every layer; give a threshold instead"
             )
-        batch, heads, size = inner.shape
-        shared = heads if budget.scope == "layer" else 1
-        pooled = inner.detach().reshape(batch, heads // shared, shared * size)
-        return threshold_for(pooled, shared * (size - middle.n_dropped), self.temperature)
+        n_kept = inner.shape[-1] - middle.n_dropped
+        return threshold_of_scope(inner, n_kept, budget.scope, self.temperature)
+
+
+def threshold_of_scope(scores: Tensor, n_kept: int, scope: Scope, temperature: float) -> Tensor:
+    """`threshold_for` of each head, or with scope "layer" of each layer's heads together.
+
+    Parameters
+    ----------
+    scores : FloatTensor [B, H, M]; no gradient flows
+    n_kept : per head, on average
+    scope : "head" or "layer"
+
+    Returns
+    -------
+    FloatTensor [B, H or 1, 1]
+    """
+    batch, heads, size = scores.shape
+    shared = heads if scope == "layer" else 1
+    pooled = scores.detach().reshape(batch, heads // shared, shared * size)
+    return threshold_for(pooled, shared * n_kept, temperature)
 
 
 def threshold_for(scores: Tensor, n_kept: float, temperature: float) -> Tensor:

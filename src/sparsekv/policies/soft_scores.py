@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy, Policy
 from sparsekv.policies.budget import Budget
-from sparsekv.policies.soft import is_finite, threshold_for
+from sparsekv.policies.soft import is_finite, threshold_of_scope
 
 _AS_INNER = (
     "rerotate",
@@ -83,14 +83,10 @@ class SoftScores(LayerPolicy):
         if budget.scope == "model":
             raise ConfigError(f"method {self.name}: soft scores take a budget of scope 'head' or 'layer'")
         scores: Tensor = inner.scores_with_gradient(ctx, budget).float()
-        if (
-            self.positive_scores
-        ):  # not by what this call's scores are: one that underflows would change the scale
+        if self.positive_scores:  # the method's word: one score that underflows must not change the scale
             scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
         z = scores / scores.detach().std(-1, keepdim=True).clamp_min(1e-6)
-        heads = z.shape[1] if budget.scope == "layer" else 1
-        pooled = z.detach().reshape(z.shape[0], -1, heads * total)
-        threshold = threshold_for(pooled, heads * budget.n_kept(total), self.temperature)
+        threshold = threshold_of_scope(z, budget.n_kept(total), budget.scope, self.temperature)
         return logsigmoid((z - threshold) / self.temperature)
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:

@@ -79,10 +79,7 @@ def model_card(
         front["base_model_relation"] = "finetune"
     what = "A LoRA adapter for" if adapter else "Fine-tuned from" if whole else "Relevance predictors for"
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
+        *front_matter(front),
         f"# {base.rpartition('/')[2]}, trained under KV-cache eviction",
         "",
         f"{what} [{base}](https://huggingface.co/{base})" if "/" in base else f"{what} {base}",
@@ -94,12 +91,7 @@ def model_card(
             else []
         ),
         "",
-        "## Settings",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _settings(settings)),
-        "",
+        *settings_table(_settings(settings)),
         "`training_config.json` has all of them; `sparsekv train training_config.json` runs them again, where the",
         "files that it names are there.",
         "",
@@ -113,6 +105,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def front_matter(values: Mapping[str, Any]) -> list[str]:
+    """The lines of a card's YAML front matter, and an empty one."""
+    return ["---", yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def settings_table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines of a card's section of settings, and an empty one."""
+    return ["## Settings", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
 
 
 def license_of(base: str) -> str | None:

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsekv import __version__
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
 from sparsekv.files import write_atomically
-from sparsekv.training.card import TAGS, license_of
+from sparsekv.training.card import TAGS, front_matter, license_of, settings_table
 from sparsekv.training.fit_config import FitConfig
-from sparsekv.training.output import FINAL, METRICS_FILE, public_settings, whole_folder
+from sparsekv.training.output import FINAL, METRICS_FILE, public_settings, whole_folder, write_json
 
 FIT_CONFIG_FILE = "fit_config.json"
 REPORT_FILE = "held_out.json"
@@ -27,7 +25,7 @@ REPORT_FILE = "held_out.json"
 
 def write_fit_config(folder: Path, config: FitConfig) -> None:
     """Write fit_config.json, which `sparsekv relevance fit` reads; absolute paths are left out but for their name."""
-    _write_json(folder / FIT_CONFIG_FILE, public_settings(config))
+    write_json(folder / FIT_CONFIG_FILE, public_settings(config))
 
 
 def read_fit_config(folder: Path) -> FitConfig:
@@ -69,7 +67,7 @@ def save_fitted(
     with whole_folder(output) as folder:
         save_weights(folder)
         write_fit_config(folder, config)
-        _write_json(folder / REPORT_FILE, report)
+        write_json(folder / REPORT_FILE, report)
         if metrics.exists():
             shutil.copyfile(metrics, folder / METRICS_FILE)
         card = fit_card(public_settings(config), report, license_id=license_of(config.model))
@@ -86,21 +84,13 @@ def fit_card(settings: Mapping[str, Any], report: Mapping[str, Any], *, license_
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front["tags"] = ["learned-eviction", *TAGS]
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
+        *front_matter(front),
         f"# Relevance predictors for {base.rpartition('/')[2]}",
         "",
         f"A score per token, layer and kv head of {base} that tells which KV-cache entries later queries will need.",
         f"The model itself is as it was: it was frozen while these were fitted with sparsekv {__version__}.",
         "",
-        "## Settings",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _settings(settings)),
-        "",
+        *settings_table(_settings(settings)),
         "`fit_config.json` has all of them; `sparsekv relevance fit fit_config.json` runs them again, where the files",
         "that it names are there.",
         "",
@@ -175,7 +165,3 @@ def _held_out(report: Mapping[str, Any]) -> list[str]:
 
 def _two(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -68,7 +68,7 @@ def write_training_config(folder: Path, config: TrainConfig) -> None:
     """Write training_config.json. `sparsekv train` reads it; files that `public_settings` left only the name of have to
     be put where it runs, or be given by overrides.
     """
-    _write_json(folder / CONFIG_FILE, public_settings(config))
+    write_json(folder / CONFIG_FILE, public_settings(config))
 
 
 def read_training_config(folder: Path) -> TrainConfig:
@@ -85,7 +85,7 @@ def read_training_config(folder: Path) -> TrainConfig:
 
 def write_curriculum(folder: Path, curriculum: Curriculum) -> None:
     """Write curriculum_state.json."""
-    _write_json(folder / CURRICULUM_FILE, {"name": curriculum.name, "state": curriculum.state_dict()})
+    write_json(folder / CURRICULUM_FILE, {"name": curriculum.name, "state": curriculum.state_dict()})
 
 
 def load_curriculum(folder: Path, curriculum: Curriculum) -> None:
@@ -210,10 +210,11 @@ def name_base(folder: Path, base: str) -> None:
     """Let an adapter's config name its base by `base`, a public id, instead of where it lay."""
     path = folder / ADAPTER_CONFIG_FILE
     if path.exists():
-        _write_json(path, {**_read_json(path), "base_model_name_or_path": base})
+        write_json(path, {**_read_json(path), "base_model_name_or_path": base})
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a value as JSON that a person can read, whole or not at all."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
