@@ -34,8 +34,14 @@ class FirstPrefill(DynamicCache):
         return stored
 
 
-def layer_contexts(model: Any, input_ids: Tensor) -> list[LayerContext]:
-    """Every layer's tensors in a plain prefill."""
+def layer_contexts(
+    model: Any, input_ids: Tensor, *, attention: list[Tensor] | None = None, **more: Any
+) -> list[LayerContext]:
+    """Every layer's tensors in a plain prefill.
+
+    `attention` gets every layer's weights, if the model's attention tells them (eager); `more`: further fields of the
+    contexts.
+    """
     found: list[LayerContext] = []
     cache = DynamicCache()
 
@@ -50,8 +56,11 @@ def layer_contexts(model: Any, input_ids: Tensor) -> list[LayerContext]:
                 values=layer.values,
                 position_embeddings=kwargs["position_embeddings"],
                 cache_position=kwargs["cache_position"],
+                **more,
             )
         )
+        if attention is not None:
+            attention.append(output[1])
 
     modules = architecture.attention_modules(model)
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.kvpress_reference import layer_contexts
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext
@@ -36,33 +37,9 @@ def contexts(
     model: Any, ids: torch.Tensor, tokenizer: Any = None
 ) -> tuple[list[LayerContext], list[torch.Tensor]]:
     """(every layer's context, its full attention matrix [B, Hq, T, T] under eager attention)."""
-    from transformers import DynamicCache
-
     model.set_attn_implementation("eager")
-    cache, found, matrices = DynamicCache(), [], []
-
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        layer = cache.layers[module.layer_idx]
-        found.append(
-            LayerContext(
-                module=module,
-                layer_idx=module.layer_idx,
-                hidden_states=kwargs["hidden_states"],
-                keys=layer.keys,
-                values=layer.values,
-                position_embeddings=kwargs["position_embeddings"],
-                cache_position=torch.arange(ids.shape[1]),
-                ids=ids,
-                tokenizer=tokenizer,
-            )
-        )
-        matrices.append(output[1])
-
-    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in architecture.attention_modules(model)]
-    with torch.no_grad():
-        model.model(input_ids=ids, past_key_values=cache)
-    for handle in handles:
-        handle.remove()
+    matrices: list[torch.Tensor] = []
+    found = layer_contexts(model, ids, attention=matrices, ids=ids, tokenizer=tokenizer)
     return found, matrices
 
 

@@ -20,42 +20,23 @@ from sparsekv.training.fit_metrics import agreement, mean_agreement, rank_correl
 from sparsekv.training.fit_regression import SampleReader
 from sparsekv.training.fit_solvers import Descent, scores_of, share_of_lr
 from sparsekv.training.fit_targets import log_targets
-from toy import save_toy_model
-from training.fit_runs import fit_config, write_text
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_toy_model(tmp_path_factory.mktemp("models") / "toy", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
 
 Make = Callable[..., FitConfig]
 
 
-@pytest.fixture
-def config(model: Path, text: Path, tmp_path: Path) -> Make:
-    """`config(**changes)`: a small run (see fit_runs.fit_settings)."""
-    return lambda **changes: fit_config(model, text, **{"output": tmp_path / "run"} | changes)
-
-
-def test_a_step_of_two_samples_is_the_mean_of_its_samples(config: Make, model: Path) -> None:
+def test_a_step_of_two_samples_is_the_mean_of_its_samples(fit_run: Make, fit_model: Path) -> None:
     """Nothing is padded, so lengths do not matter: the gradients of a batch are the mean of its samples' own."""
 
-    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+    loaded, tokenizer = load_model(str(fit_model), dtype="float32", device="cpu")
     attach_relevance(loaded, RelevanceConfig())
-    reader = SampleReader(loaded, tokenizer, config(), RelevanceConfig())
+    reader = SampleReader(loaded, tokenizer, fit_run(), RelevanceConfig())
     samples = [
         {"input_ids": [3 + i % 97 for i in range(n)], "boundary": n - 10, "sample_index": n} for n in (40, 25)
     ]
     weight = getattr(relevance_modules(loaded)[0], NAME).score.weight
     gradients = []
     for chosen in (samples, samples[:1], samples[1:]):
-        solver = Descent(loaded, config(lr=1e-12))
+        solver = Descent(loaded, fit_run(lr=1e-12))
         solver.starts_fresh = False
         solver.step(0, reader.read_all((sample, 0) for sample in chosen))
         gradients.append(weight.grad.clone())
@@ -63,11 +44,11 @@ def test_a_step_of_two_samples_is_the_mean_of_its_samples(config: Make, model: P
     assert not torch.allclose(gradients[1], gradients[2], rtol=0.1)
 
 
-def test_samples_that_say_nothing_are_left_out_and_counted(config: Make, model: Path) -> None:
+def test_samples_that_say_nothing_are_left_out_and_counted(fit_run: Make, fit_model: Path) -> None:
     """One without anything after its context, one whose context always stays: neither ends the run."""
-    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+    loaded, tokenizer = load_model(str(fit_model), dtype="float32", device="cpu")
     attach_relevance(loaded, RelevanceConfig())
-    options = config(futures={"kinds": ["continuation"]})
+    options = fit_run(futures={"kinds": ["continuation"]})
     reader = SampleReader(loaded, tokenizer, options, RelevanceConfig())
     samples = [
         {"input_ids": [3 + i % 97 for i in range(40)], "boundary": boundary, "sample_index": boundary}
@@ -77,10 +58,10 @@ def test_samples_that_say_nothing_are_left_out_and_counted(config: Make, model: 
     assert (reader.n_read, reader.n_left_out) == (3, 2)
 
 
-def test_least_squares_is_the_minimum_over_all_samples(config: Make, model: Path) -> None:
-    loaded, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+def test_least_squares_is_the_minimum_over_all_samples(fit_run: Make, fit_model: Path) -> None:
+    loaded, tokenizer = load_model(str(fit_model), dtype="float32", device="cpu")
     attach_relevance(loaded, RelevanceConfig())
-    options = config(regression={"solver": "least_squares", "ridge": 1e-9})
+    options = fit_run(regression={"solver": "least_squares", "ridge": 1e-9})
     reader = SampleReader(loaded, tokenizer, options, RelevanceConfig())
     samples = [
         {"input_ids": [3 + (i * i + k) % 97 for i in range(60)], "boundary": 50, "sample_index": k}
@@ -171,8 +152,8 @@ def test_losses_by_hand() -> None:
     assert pair_loss(10 * targets, torch.zeros(4), 400, seed=1).item() == 0, "equal targets have no order"
 
 
-def test_the_learning_rate(config: Make) -> None:
-    plan = config(steps=100, warmup=4)
+def test_the_learning_rate(fit_run: Make) -> None:
+    plan = fit_run(steps=100, warmup=4)
     assert [round(share_of_lr(step, plan), 2) for step in (0, 3, 4, 52, 99)] == [0.2, 0.8, 1.0, 0.5, 0.0]
-    flat = config(steps=100, warmup=0.1, schedule="constant")
+    flat = fit_run(steps=100, warmup=0.1, schedule="constant")
     assert share_of_lr(9, flat) < 1 and share_of_lr(10, flat) == share_of_lr(99, flat) == 1

@@ -18,27 +18,9 @@ from sparsekv.relevance.predictor import served_of
 from sparsekv.training.checkpoints import list_checkpoints, seal
 from sparsekv.training.fit import run_fit
 from sparsekv.training.fit_config import FitConfig, load_fit_config
-from toy import save_toy_model
-from training.fit_runs import fit_config, rows_of, write_text
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_toy_model(tmp_path_factory.mktemp("models") / "toy", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
+from training.fit_runs import rows_of
 
 Make = Callable[..., FitConfig]
-
-
-@pytest.fixture
-def config(model: Path, text: Path, tmp_path: Path) -> Make:
-    """`config(**changes)`: a small run (see fit_runs.fit_settings)."""
-    return lambda **changes: fit_config(model, text, **{"output": tmp_path / "run"} | changes)
 
 
 FEATURED = {"n_sink": 1, "n_recent": 3, "features": ["hidden", "attention", "handcrafted"]}
@@ -55,8 +37,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_loss_falls_and_held_out_ranks_come_nearer(way: str, config: Make, tmp_path: Path) -> None:
-    found = run_fit(config(**WAYS[way]))
+def test_the_loss_falls_and_held_out_ranks_come_nearer(way: str, fit_run: Make, tmp_path: Path) -> None:
+    found = run_fit(fit_run(**WAYS[way]))
     rows = rows_of(found.folder)
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
     assert rows[-1]["loss"] < (0.9 if way in ("bce", "ranking") else 0.75) * rows[0]["loss"]
@@ -71,10 +53,10 @@ def test_the_loss_falls_and_held_out_ranks_come_nearer(way: str, config: Make, t
     assert json.loads((found.folder / "held_out.json").read_text()) == found.report
 
 
-def test_what_a_run_leaves_and_how_it_is_served(config: Make, model: Path, tmp_path: Path) -> None:
+def test_what_a_run_leaves_and_how_it_is_served(fit_run: Make, fit_model: Path, tmp_path: Path) -> None:
     from sparsekv import Budget, compress
 
-    found = run_fit(config())
+    found = run_fit(fit_run())
     names = {file.name for file in found.folder.iterdir()}
     assert names == {
         "relevance.safetensors",
@@ -85,14 +67,14 @@ def test_what_a_run_leaves_and_how_it_is_served(config: Make, model: Path, tmp_p
     }
     for file in found.folder.iterdir():
         content = file.read_bytes()
-        assert str(tmp_path).encode() not in content and str(model).encode() not in content
+        assert str(tmp_path).encode() not in content and str(fit_model).encode() not in content
     card = (found.folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: toy\n")
     assert f"| whole model | {found.report['fitted']['model']:.2f} |" in card
     assert [path.name for path in list_checkpoints(found.folder.parent)] == ["checkpoint-20", "checkpoint-16"]
 
-    plain, _ = load_model(str(model), dtype="float32", device="cpu")
-    served, _ = load_model(str(model), adapter=found.folder, dtype="float32", device="cpu")
+    plain, _ = load_model(str(fit_model), dtype="float32", device="cpu")
+    served, _ = load_model(str(fit_model), adapter=found.folder, dtype="float32", device="cpu")
     for name, value in plain.state_dict().items():
         assert torch.equal(served.state_dict()[name], value), "the model is as it was"
     assert (served_of(served).n_sink, served_of(served).n_recent, served_of(served).threshold) == (1, 3, 0.0)
@@ -101,12 +83,12 @@ def test_what_a_run_leaves_and_how_it_is_served(config: Make, model: Path, tmp_p
     assert cache.achieved_compression[0] == pytest.approx(0.5, abs=0.02)
 
 
-def test_zero_is_where_the_ratio_to_serve_is_on_held_out_contexts(config: Make) -> None:
+def test_zero_is_where_the_ratio_to_serve_is_on_held_out_contexts(fit_run: Make) -> None:
     for ratio in (0.5, 0.9):
         found = run_fit(
-            config(
+            fit_run(
                 predictor={"n_sink": 1, "n_recent": 3, "serve_ratio": ratio},
-                output=Path(config().output_dir) / str(ratio),
+                output=Path(fit_run().output_dir) / str(ratio),
             )
         )
         assert found.report["quantiles"][str(round(100 * ratio))] == 0.0
@@ -117,10 +99,10 @@ def test_zero_is_where_the_ratio_to_serve_is_on_held_out_contexts(config: Make) 
 
 
 def test_end_to_end_is_the_training_room_without_touching_the_model(
-    config: Make, model: Path, tmp_path: Path
+    fit_run: Make, fit_model: Path, tmp_path: Path
 ) -> None:
     """From a regression's predictors: they are where it starts, and the trainer moves them."""
-    first = run_fit(config(output=tmp_path / "first"))
+    first = run_fit(fit_run(output=tmp_path / "first"))
     settings = {
         "way": "end_to_end",
         "end_to_end": {"curriculum": {"name": "fixed", "args": {"ratio": 0.5}}, "threshold": "quantile"},
@@ -130,7 +112,7 @@ def test_end_to_end_is_the_training_room_without_touching_the_model(
         "save_every": 2,
         "log_every": 1,
     }
-    found = run_fit(config(**settings))
+    found = run_fit(fit_run(**settings))
     names = {file.name for file in found.folder.iterdir()}
     assert {
         "relevance.safetensors",
@@ -146,15 +128,15 @@ def test_end_to_end_is_the_training_room_without_touching_the_model(
     assert [row["kl"] > 0 for row in rows if "kl" in row] == [True] * 4
     assert any("eval_perplexity_evicted" in row for row in rows)
     assert found.report["fitted"]["model"] > found.report["untrained"]["model"] + 0.2
-    served, _ = load_model(str(model), dtype="float32", device="cpu")
+    served, _ = load_model(str(fit_model), dtype="float32", device="cpu")
     load_relevance(served, found.folder)
     assert served_of(served).n_recent == 3
-    again = run_fit(config(**settings))
+    again = run_fit(fit_run(**settings))
     assert again.report == found.report, "a finished run stays what it was"
 
 
-def test_end_to_end_reads_features_too(config: Make) -> None:
-    found = run_fit(config(way="end_to_end", predictor=FEATURED, steps=2, save_every=2))
+def test_end_to_end_reads_features_too(fit_run: Make) -> None:
+    found = run_fit(fit_run(way="end_to_end", predictor=FEATURED, steps=2, save_every=2))
     weights = load_file(found.folder / "relevance.safetensors")
     assert any(".extra." in name for name in weights)
     assert set(found.report["fitted"]["layers"]) == {"0", "1"}
@@ -206,38 +188,38 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_in_a_config(name: str, config: Make) -> None:
+def test_mistakes_in_a_config(name: str, fit_run: Make) -> None:
     changes, message = MISTAKES[name]
     with pytest.raises(ConfigError) as caught:
-        config(**changes)
+        fit_run(**changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_mistakes_that_only_data_and_model_show(config: Make, text: Path, tmp_path: Path) -> None:
+def test_mistakes_that_only_data_and_model_show(fit_run: Make, fit_text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="held_out 500 leaves nothing"):
-        run_fit(config(held_out=500))
+        run_fit(fit_run(held_out=500))
     with pytest.raises(ConfigError, match=r"no-such.*cannot be read"):
-        run_fit(config(start_from=str(tmp_path / "no-such")))
-    other = run_fit(config(predictor={"width": 4, "n_sink": 1, "n_recent": 3}, steps=1))
+        run_fit(fit_run(start_from=str(tmp_path / "no-such")))
+    other = run_fit(fit_run(predictor={"width": 4, "n_sink": 1, "n_recent": 3}, steps=1))
     with pytest.raises(ConfigError, match="has predictors of width 4, the config asks for 0"):
-        run_fit(config(start_from=str(other.folder), output=tmp_path / "next"))
+        run_fit(fit_run(start_from=str(other.folder), output=tmp_path / "next"))
     foreign = tmp_path / "foreign"
     (foreign / "checkpoint-3").mkdir(parents=True)
 
     (foreign / "checkpoint-3" / "weights").write_text("x")
     seal(foreign / "checkpoint-3")
     with pytest.raises(ConfigError, match=r"is not of `sparsekv relevance fit`"):
-        run_fit(config(output=foreign))
+        run_fit(fit_run(output=foreign))
 
 
-def test_several_processes_are_refused(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused(fit_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
-        run_fit(config())
+        run_fit(fit_run())
 
 
-def test_activations_that_are_not_finite_are_told(config: Make, model: Path, tmp_path: Path) -> None:
-    broken, tokenizer = load_model(str(model), dtype="float32", device="cpu")
+def test_activations_that_are_not_finite_are_told(fit_run: Make, fit_model: Path, tmp_path: Path) -> None:
+    broken, tokenizer = load_model(str(fit_model), dtype="float32", device="cpu")
     with torch.no_grad():
         broken.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     folder = tmp_path / "broken"
@@ -246,4 +228,4 @@ def test_activations_that_are_not_finite_are_told(config: Make, model: Path, tmp
     with pytest.raises(
         ConfigError, match=r"the loss of step 1 is nan: the model's activations are not finite"
     ):
-        run_fit(config(model=str(folder)))
+        run_fit(fit_run(model=str(folder)))

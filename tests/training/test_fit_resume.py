@@ -15,27 +15,9 @@ from sparsekv.training import fit_regression
 from sparsekv.training.fit import run_fit
 from sparsekv.training.fit_config import FitConfig
 from sparsekv.training.fit_regression import batches
-from toy import save_toy_model
-from training.fit_runs import fit_config, rows_of, write_text
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_toy_model(tmp_path_factory.mktemp("models") / "toy", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
+from training.fit_runs import rows_of
 
 Make = Callable[..., FitConfig]
-
-
-@pytest.fixture
-def config(model: Path, text: Path, tmp_path: Path) -> Make:
-    """`config(**changes)`: a small run (see fit_runs.fit_settings)."""
-    return lambda **changes: fit_config(model, text, **{"output": tmp_path / "run"} | changes)
 
 
 class Killed(BaseException):
@@ -44,11 +26,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("solver", ["adamw", "least_squares"])
 def test_a_run_that_was_cut_off_ends_as_an_uninterrupted_one(
-    solver: str, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    solver: str, fit_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    whole = run_fit(config(output=tmp_path / "whole", regression={"solver": solver}))
-    cut = config(output=tmp_path / "cut", regression={"solver": solver})
+    whole = run_fit(fit_run(output=tmp_path / "whole", regression={"solver": solver}))
+    cut = fit_run(output=tmp_path / "cut", regression={"solver": solver})
     plain = fit_regression.seal
     seals = 0
 
@@ -79,13 +61,13 @@ def test_a_run_that_was_cut_off_ends_as_an_uninterrupted_one(
     assert again.report == whole.report and "checkpoint-20" in said[-1]
 
 
-def test_another_config_does_not_go_on_from_these_checkpoints(config: Make) -> None:
-    run_fit(config(steps=8))
+def test_another_config_does_not_go_on_from_these_checkpoints(fit_run: Make) -> None:
+    run_fit(fit_run(steps=8))
     with pytest.raises(ConfigError, match=r"is of another config: lr was 0\.02, now 0\.01"):
-        run_fit(config(steps=8, lr=0.01))
+        run_fit(fit_run(steps=8, lr=0.01))
     with pytest.raises(ConfigError, match="resume is false"):
-        run_fit(config(steps=8, resume=False))
-    run_fit(config(steps=8, save_every=4))  # what changes no weight may differ
+        run_fit(fit_run(steps=8, resume=False))
+    run_fit(fit_run(steps=8, save_every=4))  # what changes no weight may differ
 
 
 def test_batches_depend_on_the_seed_alone_and_can_start_anywhere() -> None:
