@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 import sparsekv
@@ -261,6 +263,30 @@ def test_other_trainings_leave_gates_alone(tmp_path):
     assert has_relevance(loaded)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_files_in_another_dtype(tmp_path, lora):
+    """Halved files hold the rounded weights; predictors and the model in memory stay as they are."""
+    model = attach_relevance(tiny_model("llama", num_hidden_layers=2))
+    press = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
+    trainer = trainer_for(tmp_path, model=model, press=press, lora=lora)
+    trainer.train()
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer.save_weights(tmp_path / "final", dtype=torch.bfloat16)
+    file = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    saved = load_file(tmp_path / "final" / file)
+    assert saved and all(x.dtype == torch.bfloat16 for x in saved.values())
+    trained = {name: x for name, x in before.items() if lora is None or "lora_" in name}
+    rounded = {name.replace(".default", ""): x.to(torch.bfloat16) for name, x in trained.items()}
+    assert len(saved) == len([name for name in rounded if ".relevance." not in name])
+    assert all(torch.equal(x, rounded[name]) for name, x in saved.items())
+    predictors = load_file(tmp_path / "final" / "relevance.safetensors")
+    assert all(x.dtype == torch.float32 for x in predictors.values())
+    after = trainer.model.state_dict()
+    assert all(torch.equal(x, before[name]) and x.dtype == before[name].dtype for name, x in after.items())
+    if lora is None:
+        assert json.loads((tmp_path / "final" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def load_model_from(folder: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,11 @@ def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambd
         trainer.add_callback(_ToFile(log))
     trainer.train(resume_from_checkpoint=None if latest.path is None else str(latest.path))
     if main:
+        save_dtype = None if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
         return save_final(
             output,
             config,
-            save_weights=trainer.save_weights,
+            save_weights=partial(trainer.save_weights, dtype=save_dtype),
             tokenizer=trainer.processing_class,
             curriculum=trainer.curriculum,
         )

@@ -40,6 +40,7 @@ FREE_KEYS = frozenset(
         "log_every",
         "save_every",
         "keep_checkpoints",
+        "save_dtype",
     }
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing that changes the weights."""

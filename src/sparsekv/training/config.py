@@ -70,6 +70,8 @@ class TrainConfig(Strict):
     gradient_checkpointing : compute activations again in the backward pass instead of keeping them
     save_every, keep_checkpoints : steps between checkpoints, and how many of the latest stay (at least 2, so that
         there is one to fall back to)
+    save_dtype : dtype of the adapter or model in final/; "auto": as it was trained (an adapter: float32). Checkpoints
+        are exact whatever it is
     eval_every : steps between evaluations on held-out data; 0: none
     log_every : steps between rows of metrics.jsonl
     resume : go on from the latest whole checkpoint of output_dir, if there is one. False: output_dir must hold none.
@@ -111,6 +113,7 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool = False
     save_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=2)
+    save_dtype: DType = "auto"
     eval_every: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     resume: bool = True

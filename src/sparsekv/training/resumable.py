@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -122,12 +123,15 @@ class ResumableTrainer(Trainer):
             self.say_how_to_serve()
             save_relevance(self.model, folder)
 
-    def save_weights(self, folder: str | Path) -> None:
-        """What `final/` holds of the model: adapter, model, or predictors alone where nothing else was trained."""
+    def save_weights(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """What `final/` holds of the model: adapter, model, or predictors alone where nothing else was trained.
+
+        `dtype`: of an adapter's or model's files; default: as it was trained.
+        """
         plain: Any = self.accelerator.unwrap_model(self.model)
         self.say_how_to_serve()
         trained = has_adapter(plain) or moves_without_adapters(plain)
-        save_weights(plain, folder, only_predictors=not trained)
+        save_weights(plain, folder, only_predictors=not trained, dtype=dtype)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step)

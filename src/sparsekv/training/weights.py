@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from sparsekv.models import public_name
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import NAME, has_relevance
-from sparsekv.training.output import name_base
+from sparsekv.training.output import name_base, write_json
 
 
 def has_adapter(model: Any) -> bool:
@@ -25,20 +28,36 @@ def without_predictors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if f".{NAME}." not in name}
 
 
-def save_weights(model: Any, folder: str | Path, *, only_predictors: bool = False) -> None:
+def save_weights(
+    model: Any, folder: str | Path, *, only_predictors: bool = False, dtype: torch.dtype | None = None
+) -> None:
     """Write the adapter or the model, and the predictors; nothing of this machine or of the run.
 
-    `only_predictors`: the model itself was not trained, so it is not written.
+    Parameters
+    ----------
+    only_predictors : bool
+        The model itself was not trained, so it is not written.
+    dtype : torch.dtype, optional
+        Of the weights in the files; default: as they are. Predictors are always float32.
     """
     if not only_predictors:
-        options: dict[str, Any] = (
-            {} if has_adapter(model) else {"state_dict": without_predictors(model.state_dict())}
-        )
+        state = model.state_dict()
+        if dtype is not None:
+            state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
         with serving_config(model):
-            model.save_pretrained(str(folder), **options)
+            model.save_pretrained(str(folder), state_dict=without_predictors(state))
         tidy(model, folder)
+        if dtype is not None and not has_adapter(model):
+            _name_dtype(Path(folder), dtype)
     if has_relevance(model):
         save_relevance(model, folder)
+
+
+def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Let a model's config say what its files hold; transformers writes what the model in memory has."""
+    path = folder / CONFIG_NAME
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def tidy(model: Any, folder: str | Path) -> None:
