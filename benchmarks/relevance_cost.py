@@ -1,0 +1,179 @@
+"""What learned relevance costs: at the prefill, and per token of decoding from the ragged cache that it leaves.
+
+    python benchmarks/relevance_cost.py                                   # both; fresh predictors, time does not ask
+    python benchmarks/relevance_cost.py --adapter output/relevance_regression/final --measure decode
+
+Prefill: Hugging Face's own, of a model that sparsekv never touched, against `compress` of the same tokens: reading,
+scoring, selection and compaction together. Decoding: one token at a time at the ratio given, against Hugging Face's own
+cache that holds as many entries as are kept per head in the mean, full attention; kvpress's head-wise eviction, which
+masks what it evicts and keeps the bytes, stands beside it. In every round each variant runs once, in an order that
+rotates; a ratio is the median over rounds of (variant / reference of the same round).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kvpress import AdaKVPress, SnapKVPress
+from machine import describe
+from transformers import DynamicCache
+
+from sparsekv import compress, load_model, prepare
+from sparsekv.benchmarks.data import haystack_text
+from sparsekv.cli.quiet import quieten
+from sparsekv.policies import make_policy
+from sparsekv.policies.budget import Budget
+from sparsekv.relevance import attach_relevance, has_relevance
+
+REFERENCE = "plain"
+KEPT = "plain cache of the kept length"
+PREFILL_LIMIT, DECODE_LIMIT = 1.03, 1.10
+LIMITED = ("sink_recent", "snapkv", "atskv, ragged", "adakv_snapkv, ragged")
+"""What the decode limit is for."""
+
+
+def side_by_side(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(-1, rounds):
+        for place in range(len(names)):
+            name = names[(place + turn) % len(names)]
+            started = time.perf_counter()
+            variants[name]()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def show(title: str, seconds: dict[str, list[float]], reference: str, limits: dict[str, float]) -> None:
+    """One line per variant: median time, ratio to the reference of the same round, limit."""
+    print(f"\n{title}")
+    for name, each in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(each, seconds[reference], strict=True))
+        limit = f"  limit {limits[name]:.2f}" if name in limits else ""
+        print(f"  {name:34s} {1e3 * statistics.median(each):9.1f} ms   x {ratio:.3f}{limit}")
+
+
+def plain_prefill(model: Any, ids: torch.Tensor) -> DynamicCache:
+    """Hugging Face's own, without logits of the context."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def measure_prefill(
+    untouched: Any, model: Any, tokenizer: Any, ids: torch.Tensor, ratio: float, rounds: int
+) -> None:
+    """Reading a context, with and without eviction."""
+    budget = Budget(compression_ratio=ratio, scope="model")
+    variants: dict[str, Callable[[], Any]] = {REFERENCE: lambda: plain_prefill(untouched, ids)}
+    for name in ("full", "sink_recent", "snapkv", "atskv", "relevance", "kvzip"):
+        given = budget if name in ("atskv", "relevance") else Budget(compression_ratio=ratio)
+        given = Budget() if name == "full" else given
+        variants[name] = lambda name=name, given=given: compress(
+            model, ids, make_policy(name), given, tokenizer=tokenizer
+        )
+    seconds = side_by_side(variants, rounds)
+    limits = dict.fromkeys(("atskv", "relevance"), PREFILL_LIMIT)
+    show(f"prefill of {ids.shape[1]} tokens, ratio {ratio}", seconds, REFERENCE, limits)
+    extra = {
+        name: statistics.median(each) - statistics.median(seconds[REFERENCE])
+        for name, each in seconds.items()
+    }
+    print(f"  extra cost of atskv / extra cost of kvzip: {extra['atskv'] / extra['kvzip']:.4f}  limit 0.1")
+
+
+def measure_decode(
+    untouched: Any, model: Any, ids: torch.Tensor, ratio: float, rounds: int, steps: int
+) -> None:
+    """One token after the other from caches that stay as they are between rounds (cropped back)."""
+    kept = Budget(compression_ratio=ratio).n_kept(ids.shape[1])
+    caches: dict[str, tuple[Any, Any]] = {
+        KEPT: (untouched, plain_prefill(untouched, ids[:, :kept])),
+        "plain cache, nothing evicted": (untouched, plain_prefill(untouched, ids)),
+    }
+    for name, method, scope in (
+        ("sink_recent", "sink_recent", "head"),
+        ("snapkv", "snapkv", "head"),
+        ("atskv, ragged", "atskv", "model"),
+        ("adakv_snapkv, ragged", "adakv_snapkv", "head"),
+    ):
+        cache = compress(
+            model,
+            ids,
+            make_policy(method),
+            Budget(compression_ratio=ratio, scope=scope),  # type: ignore[arg-type]
+        )
+        caches[name] = model, cache
+        counts = cache.stored_counts()
+        print(f"  {name}: {counts.float().mean():.0f} entries per head, {counts.min()} to {counts.max()}")
+    with AdaKVPress(SnapKVPress(ratio))(untouched):
+        masked = plain_prefill(untouched, ids)
+    masks = [layer.self_attn.masked_key_indices for layer in untouched.model.layers]
+    token = ids[:, :1]
+
+    def run(name: str) -> None:
+        used, cache = caches[name]
+        hidden = name == MASKED
+        for layer, mask in zip(untouched.model.layers, masks, strict=True):
+            layer.self_attn.masked_key_indices = mask if hidden else None
+        before = cache.get_seq_length()
+        with torch.no_grad():
+            for place in range(steps):
+                used(
+                    input_ids=token,
+                    past_key_values=cache,
+                    position_ids=torch.tensor([[ids.shape[1] + place]]),
+                    use_cache=True,
+                )
+        cache.crop(before)
+
+    caches[MASKED] = untouched, masked
+    seconds = side_by_side({name: lambda name=name: run(name) for name in caches}, rounds)
+    per_token = {name: [each / steps for each in times] for name, times in seconds.items()}
+    limits = dict.fromkeys(LIMITED, DECODE_LIMIT)
+    show(f"decoding after {ids.shape[1]} tokens, ratio {ratio}, per token", per_token, KEPT, limits)
+
+
+MASKED = "kvpress AdaKV over SnapKV, masked"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--adapter", help="folder with relevance predictors (default: fresh linear ones)")
+    parser.add_argument("--measure", choices=["prefill", "decode", "both"], default="both")
+    parser.add_argument("--prefill-tokens", type=int, default=2048)
+    parser.add_argument("--decode-tokens", type=int, default=4096)
+    parser.add_argument("--ratio", type=float, default=0.75)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=8, help="tokens that a variant decodes in one round")
+    args = parser.parse_args()
+    quieten()
+    print(describe())
+    untouched, tokenizer = load_model(args.model)
+    model, _ = load_model(args.model, adapter=args.adapter)
+    if not has_relevance(model):
+        attach_relevance(model)
+    prepare(model)
+    longest = max(args.prefill_tokens, args.decode_tokens)
+    ids = tokenizer(
+        haystack_text("book_eval"), return_tensors="pt", add_special_tokens=False, verbose=False
+    ).input_ids[:, :longest]
+    if args.measure != "decode":
+        measure_prefill(untouched, model, tokenizer, ids[:, : args.prefill_tokens], args.ratio, args.rounds)
+    if args.measure != "prefill":
+        measure_decode(untouched, model, ids[:, : args.decode_tokens], args.ratio, args.rounds, args.steps)
+
+
+if __name__ == "__main__":
+    main()
