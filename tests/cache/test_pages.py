@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sparsekv.cache import disk, disk_log, entry_log, memory
 from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
-from sparsekv.cache.pages import page_bounds
 from sparsekv.cache.passive import PassiveStore
 from sparsekv.errors import ConfigError
+from sparsekv.policies.step_rules import page_bounds
 
 
 def filled(keys: torch.Tensor, page_size: int = 2) -> MemoryStore:
@@ -70,8 +70,10 @@ def test_a_layer_at_once_is_every_head_alone() -> None:
             real = whole.sizes[row, head] > 0
             assert torch.allclose(whole.scores[row, head][:, real], scores, atol=1e-5)
             assert bool((whole.scores[row, head][:, ~real] == -torch.inf).all())
-            listed = whole.columns[row, head][real]
-            assert [p[p >= 0].tolist() for p in listed] == [p.tolist() for p in pages]
+            for number, page in zip(real.nonzero().flatten().tolist(), pages, strict=True):
+                chosen = torch.zeros_like(whole.sizes, dtype=torch.bool)
+                chosen[row, head, number] = True
+                assert store.peek_pages(3, chosen).columns.tolist() == page.tolist()
 
 
 def test_pages_are_taken_whole() -> None:
@@ -189,6 +191,8 @@ def test_a_summary_that_lags_is_no_lower_than_any_key_once_slots_are_given_anew(
                 store.flush()
             if draw.random() < 0.4:
                 query = torch.cat([torch.eye(4), -torch.eye(4)])
+                sizes = store.bounds_layer(0, query.expand(1, 2, 8, 4)).sizes[0]
+                assert sizes.sum(dim=1).tolist() == [len(truth[0]), len(truth[1])]
                 for head, held_now in truth.items():
                     scores, pages = store.bounds(0, 0, head, query)
                     for page, of_page in enumerate(pages):

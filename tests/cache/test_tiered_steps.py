@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,12 +11,14 @@ from sample_policies import Ends, Ragged
 from sparsekv.attention import prepare
 from sparsekv.cache.exchange import Entries
 from sparsekv.cache.layer import SparseLayer
-from sparsekv.cache.recall import MARGIN, TieredReader
+from sparsekv.cache.recall import EAGER, EVERY, MARGIN, TieredReader
 from sparsekv.cache.scores import Block
 from sparsekv.cache.tiered import TieredCache
-from sparsekv.cache.tiers import LENT
+from sparsekv.cache.tiers import LENT, Tiers
 from sparsekv.errors import ConfigError
+from sparsekv.eviction import newest_stored
 from sparsekv.generation import compress
+from sparsekv.policies import make_policy
 from toy import tiny_model
 
 T, N = 160, 64
@@ -29,17 +32,20 @@ def test_what_comes_weighs_twice_what_leaves_for_it_also_in_a_full_tier(monkeypa
     model, found = prepare(tiny_model("llama")), []
     real = TieredReader._exchange
 
-    def watched(self, block, residents, weight, plan, n_query):
-        leaving, hidden, coming = real(self, block, residents, weight, plan, n_query)
-        share, offered = block.mass(weight)
-        strength = residents.strength(share, self.tiers)
-        for s in range(len(share)):
-            if coming is not None and coming[s].any() and int(plan.over[s]):
-                gone = strength[s][leaving[s]].sort().values
-                best = offered[s][coming[s]].sort(descending=True).values
-                assert len(gone) == len(best) + int(plan.over[s])
-                found.append(bool((best > MARGIN * gone[int(plan.over[s]) :]).all()))
-        return leaving, hidden, coming
+    def watched(self, block, residents, offered, plan, n_query):
+        moves = real(self, block, residents, offered, plan, n_query)
+        if not plan.asked.any():
+            return moves
+        share = torch.cat([block.shares(), block.shares_beside()], dim=1).sum(dim=1)
+        assert torch.allclose(share, torch.ones_like(share), atol=1e-5)
+        strength = self._strength(residents, block.shares().numpy(), plan.quotas, n_query)
+        for s, coming in enumerate(moves.coming):
+            if coming.any() and plan.over[s]:
+                gone = np.sort(strength[s][moves.leaving[s]])
+                best = np.sort(offered[s][coming])[::-1]
+                assert len(gone) == len(best) + plan.over[s]
+                found.append(bool((best > MARGIN * gone[plan.over[s] :]).all()))
+        return moves
 
     cache = compress(model, some_ids()[:, :T], Ends(), 64, cache=TieredCache(model, 64))
     monkeypatch.setattr(TieredReader, "_exchange", watched)
@@ -87,6 +93,50 @@ def test_an_eviction_by_a_policy_does_not_hide_what_the_step_attended_to():
     assert cache.attended_fraction == pytest.approx(28 / (T + 12))
 
 
+@pytest.mark.parametrize("held_back", [True, False])
+def test_what_a_press_observes_with_does_not_leave_for_recalled_entries(held_back, monkeypatch):
+    """SnapKV pairs its newest queries with the last entries: were they others, it would score wrongly in silence."""
+    if not held_back:  # the negative control
+        monkeypatch.setattr(Tiers, "observed", lambda self, n_query: 0)
+    model, window = prepare(tiny_model("llama")), 16
+    policy = make_policy("snapkv", window_size=window, kernel_size=3)
+    made = TieredCache(model, 48, n_recent=0)
+    cache = compress(model, some_ids()[:, :T], policy, 32, cache=made, phase="both", every=12)
+    gaps = moved = 0
+    for step in range(N):
+        before = cache.passive_columns()
+        stepped_logits(model, cache, some_ids()[:, : T + step + 1], None, [1])
+        back = before & ~cache.passive_columns()[..., : before.shape[-1]]
+        moved += int(back.any())
+        for _, layer in cache.tiered_layers():
+            gaps += newest_stored(torch.stack(layer.columns()), T + step + 1) < window
+    assert moved > N // 8
+    assert (gaps == 0) == held_back
+
+
+def test_layers_look_in_turns_once_an_answer_has_begun(monkeypatch):
+    """Every layer right after a question, then each at every fourth token, and where a new buffer is made anyway."""
+    model, looks, full = prepare(tiny_model("llama")), set(), set()
+    real = TieredReader._plan
+
+    def watched(self, layer, padding, n_query):
+        plan = real(self, layer, padding, n_query)
+        at = (layer.get_seq_length(), self.index)
+        looks.update([at] if plan.asked.any() else [])
+        full.update([at] if plan.over.any() else [])
+        return plan
+
+    cache = compress(model, some_ids()[:, :T], Ends(), 64, cache=TieredCache(model, 64))
+    stepped_logits(model, cache, some_ids()[:, : T + 3], None, [3])
+    monkeypatch.setattr(TieredReader, "_plan", watched)
+    stepped_logits(model, cache, some_ids(), None, [1] * (N - 3))
+    layers = [index for index, _ in cache.tiered_layers()]
+    eager = {(T + 3 + n, index) for n in range(1, EAGER + 1) for index in layers}
+    turns = {(seen, i) for seen in range(T + 4, T + N + 1) for i in layers if (seen + i) % EVERY == 0}
+    assert looks == eager | turns | full
+    assert full and len(turns - eager - full) > N // EVERY
+
+
 def test_sixteen_bit_products_are_not_rounded():
     layer = SparseLayer()
     draw = torch.Generator().manual_seed(0)
@@ -110,7 +160,7 @@ def test_an_exchange_that_fails_doubles_nothing_and_reads_nothing(monkeypatch):
     passive, key = store.columns(0, 0, 0), torch.ones(3, 16)
 
     def entries(columns: torch.Tensor) -> Entries:
-        return Entries(torch.zeros(3, dtype=torch.int64), columns, key, key)
+        return Entries(np.zeros(3, np.int64), columns.numpy(), key, key)
 
     gone = cache.layers[0].columns()[0][:3]
     with pytest.raises(ConfigError, match="has no column"):

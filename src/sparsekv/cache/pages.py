@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsekv.cache.places import NONE, Ints, Places, padded, remap
 from sparsekv.errors import ConfigError
-from sparsekv.policies.step_rules import page_bounds
+from sparsekv.policies.step_rules import box_bounds
 
 PAGE_SIZE = 16
 """Entries per page, where nothing else is asked for."""
@@ -41,13 +41,10 @@ class LayerBounds:
         Upper bound of q . k (not scaled); -inf where there is no page.
     sizes : LongTensor [B, H, P]
         Entries of each page; 0 where there is none.
-    columns : LongTensor [B, H, P, page size]
-        Their columns, in the order in which they were put; -1 where nothing is.
     """
 
     scores: Tensor
     sizes: Tensor
-    columns: Tensor
 
 
 class PageSummaries:
@@ -59,12 +56,15 @@ class PageSummaries:
         The slots that were summarised.
     extremes : FloatTensor [B, H, P, 2 D], fp32
         Maxima, then minima. Kept in fp32, where 16-bit keys are exact and products don't round a bound down.
+    sizes : int64 [B, H, P], or None
+        Entries of each page, where `of` is unchanged since the last `update`.
     """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.of: Ints = np.full((0, 0, 0), NONE, np.int32)
         self.extremes = torch.zeros(0, 0, 0, 0)
+        self.sizes: Ints | None = None
 
     @property
     def nbytes(self) -> int:
@@ -74,21 +74,28 @@ class PageSummaries:
     def copy(self) -> PageSummaries:
         """An independent copy."""
         twin = PageSummaries(self.page_size)
-        twin.of, twin.extremes = self.of.copy(), self.extremes.clone()
+        twin.of, twin.extremes, twin.sizes = self.of.copy(), self.extremes.clone(), self.sizes
         return twin
 
     def update(
         self, layer: int, places: Places, read: Callable[[Ints], Tensor], device: torch.device
-    ) -> None:
+    ) -> Ints:
         """Summarise the pages whose entries are others than before; `read` gives keys [n, D] of slots [n].
 
-        Raises ConfigError if a key isn't finite: it would have no bound, and sort anywhere.
+        Returns the entries of each page, int64 [B, H, P]. Raises ConfigError if a key isn't finite: it would have no
+        bound, and sort anywhere.
         """
         self._pad(*places.slot.shape)
+        if self.sizes is not None and np.array_equal(self.of, places.slot):
+            return self.sizes
+        self.sizes = None
         rows, heads, pages = places.shape
         now = places.slot.reshape(-1, self.page_size)
         before = self.of.reshape(-1, self.page_size)
-        changed = np.flatnonzero((now != before).any(axis=1) & (now != NONE).any(axis=1))
+        sizes = (now != NONE).sum(axis=1)
+        differs = (now != before).any(axis=1)
+        before[differs & (sizes == 0)] = NONE
+        changed = np.flatnonzero(differs & (sizes > 0))
         for start in range(0, len(changed), _AT_ONCE):
             which = changed[start : start + _AT_ONCE]
             slots = now[which]
@@ -103,6 +110,8 @@ class PageSummaries:
             flat, there = self.extremes.view(-1, extremes.shape[-1]), self.extremes.device
             flat[torch.from_numpy(which).to(there)] = extremes.to(there)
             before[which] = slots
+        self.sizes = sizes.reshape(rows, heads, pages)
+        return self.sizes
 
     def forget_changed(self, slot: Ints) -> None:
         """Make anew, at the next `update`, the summaries of pages whose slots [B, H, R] are others by now."""
@@ -111,26 +120,25 @@ class PageSummaries:
         paged = (rows, heads, room // self.page_size, self.page_size)
         other = (of != slot[:rows, :heads, :room]).reshape(paged).any(axis=3)
         of[np.repeat(other, self.page_size, axis=2)] = NONE
+        self.sizes = None
 
     def bounds(self, query: Tensor, row: int, head: int) -> Tensor:
         """Bounds [G, P] of one (row, kv head) for queries [G, D], once `update` was called."""
-        extremes = self.extremes[row, head]
-        width = extremes.shape[-1] // 2
-        return page_bounds(query.to(extremes.device), extremes[:, width:], extremes[:, :width])
+        return box_bounds(query.to(self.extremes.device), self.extremes[row, head])
 
     def all_bounds(self, query: Tensor) -> Tensor:
         """Bounds [B, H, G, P] for queries [B, H, G, D], once `update` was called."""
-        rows, heads, _, width = self.extremes.shape
+        rows, heads = self.extremes.shape[:2]
         if query.shape[:2] != (rows, heads):
             raise ConfigError(
                 f"query is for {query.shape[0]} rows and {query.shape[1]} kv heads; the passive store holds {rows} "
                 f"rows and {heads} kv heads"
             )
-        low, high = self.extremes[..., width // 2 :], self.extremes[..., : width // 2]
-        return page_bounds(query.to(self.extremes.device), low, high)
+        return box_bounds(query.to(self.extremes.device), self.extremes)
 
     def take_rows(self, rows: Ints) -> None:
         """New row i is old row `rows[i]`."""
+        self.sizes = None
         had = max(int(rows.max(initial=-1)) + 1, self.of.shape[0])
         self._pad(had, self.of.shape[1], self.of.shape[2])
         self.of = self.of[rows]
@@ -139,6 +147,7 @@ class PageSummaries:
 
     def reorder(self, pages: Ints | None) -> None:
         """New page i is old page pages[b, h, i]; None: forget everything."""
+        self.sizes = None
         if pages is None or self.extremes.numel() == 0:
             self.of = np.full((0, 0, 0), NONE, np.int32)
             self.extremes = torch.zeros(0, 0, 0, 0)
@@ -155,7 +164,7 @@ class PageSummaries:
     def _pad(self, rows: int, heads: int, room: int) -> None:
         if self.of.shape == (rows, heads, room):
             return
-        self.of = padded(self.of, (rows, heads, room), NONE)
+        self.of, self.sizes = padded(self.of, (rows, heads, room), NONE), None
         old = self.extremes
         if old.shape[-1]:
             self.extremes = old.new_zeros(rows, heads, room // self.page_size, old.shape[-1])
@@ -200,10 +209,3 @@ class LayerIndex:
         """Entries moved: slot s is table[s] now, where that isn't NONE."""
         remap(self.places.slot, table)
         remap(self.pages.of, table)
-
-    def listed(self) -> tuple[Tensor, Tensor]:
-        """Sizes [B, H, P] and columns [B, H, P, page size] of the pages, see `LayerBounds`."""
-        rows, heads, pages = self.places.shape
-        held = self.places.slot.reshape(rows, heads, pages, -1) != NONE
-        columns = np.where(held, self.places.column.reshape(held.shape), NONE).astype(np.int64)
-        return torch.from_numpy(held.sum(axis=3)), torch.from_numpy(columns)

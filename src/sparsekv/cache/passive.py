@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsekv.cache.holdings import Holdings
 from sparsekv.cache.pages import PAGE_SIZE, LayerBounds, LayerIndex
-from sparsekv.cache.places import Request
+from sparsekv.cache.places import Ints, Request
 from sparsekv.errors import ConfigError
 
 
@@ -158,6 +158,13 @@ class PassiveStore(Holdings):
         """Read all entries of the chosen pages (BoolTensor [B, H, P], see `take_pages`), which stay."""
         return self._pages(layer, chosen, take=False)
 
+    def all_pages(self, layer: int, rows: int, heads: int) -> Tensor:
+        """BoolTensor [B, H, P] that chooses every page of a layer, of at least so many rows and kv heads."""
+        self._check_open()
+        places = self._places(layer)
+        places.fit(rows, heads)
+        return torch.ones(places.shape, dtype=torch.bool)
+
     def _pages(self, layer: int, chosen: Tensor, *, take: bool) -> PageEntries:
         self._check_open()
         places = self._places(layer)
@@ -191,15 +198,14 @@ class PassiveStore(Holdings):
                 f"query has shape {tuple(query.shape)}; a layer's bounds need [rows, kv heads, queries, head size]"
             )
         rows, heads, n_query, width = query.shape
-        entry = self._summarised(layer, width, rows, heads)
-        if entry is None:
+        found = self._summarised(layer, width, rows, heads)
+        if found is None:
             scores = torch.zeros(rows, heads, n_query, 0, device=self.device)
-            sizes = torch.zeros(rows, heads, 0, dtype=torch.int64)
-            return LayerBounds(scores, sizes, sizes.new_zeros(rows, heads, 0, self.page_size))
-        scores = entry.pages.all_bounds(query)
-        sizes, columns = entry.listed()
+            return LayerBounds(scores, torch.zeros(rows, heads, 0, dtype=torch.int64))
+        entry, known = found
+        scores, sizes = entry.pages.all_bounds(query), torch.from_numpy(known.copy())
         empty = (sizes == 0).to(scores.device)
-        return LayerBounds(scores.masked_fill(empty[:, :, None], -torch.inf), sizes, columns)
+        return LayerBounds(scores.masked_fill_(empty[:, :, None], -torch.inf), sizes)
 
     # ---- one (row, kv head) -----------------------------------------------------------------------------------------
 
@@ -224,16 +230,20 @@ class PassiveStore(Holdings):
             raise ConfigError(
                 f"query has shape {tuple(query.shape)}; the bounds of a kv head need [queries, head size]"
             )
-        entry = self._summarised(layer, query.shape[-1], row + 1, head + 1)
-        if entry is None:
+        found = self._summarised(layer, query.shape[-1], row + 1, head + 1)
+        if found is None:
             return torch.zeros(len(query), 0, device=self.device), []
+        entry, _ = found
         pages = entry.places.pages_of(row, head)
         scores = entry.pages.bounds(query, row, head)
         real = [number for number, page in enumerate(pages) if len(page)]
         return scores[:, real], [torch.from_numpy(pages[number]) for number in real]
 
-    def _summarised(self, layer: int, width: int, rows: int, heads: int) -> LayerIndex | None:
-        """A layer of at least so many rows and kv heads, its page summaries up to date; None if it holds nothing."""
+    def _summarised(self, layer: int, width: int, rows: int, heads: int) -> tuple[LayerIndex, Ints] | None:
+        """A layer of at least so many rows and kv heads, its page summaries up to date, and the entries of each page.
+
+        None if it holds nothing.
+        """
         self._check_open()
         entry = self._layers.get(layer)
         if entry is None or not entry.places.n_entries:
@@ -242,8 +252,9 @@ class PassiveStore(Holdings):
             raise ConfigError(f"query has head size {width}; the keys of the passive store have {self.width}")
         log = self._log(layer)
         entry.places.fit(rows, heads)
-        entry.pages.update(layer, entry.places, lambda slots: log.read(slots, values=False)[0], self.device)
-        return entry
+        return entry, entry.pages.update(
+            layer, entry.places, lambda slots: log.read(slots, values=False)[0], self.device
+        )
 
     def _check_entries(self, n: int, keys: Tensor, values: Tensor) -> None:
         if keys.ndim != 2 or keys.shape != values.shape or len(keys) != n or keys.dtype != values.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsekv.errors import ConfigError
 
 Ints: TypeAlias = npt.NDArray[np.integer]
+Array = TypeVar("Array", bound=npt.NDArray[Any])
 
 NONE = -1
 """No place, no slot, no column."""
@@ -332,13 +333,13 @@ def remap(slots: Ints, table: Ints) -> None:
     flat[held[moved != NONE]] = moved[moved != NONE]
 
 
-def padded(array: Ints, shape: tuple[int, ...], value: int) -> Ints:
+def padded(array: Array, shape: tuple[int, ...], value: int) -> Array:
     """The array with `value` behind it, up to `shape`; itself if it has that shape."""
     if array.shape == shape:
         return array
     wide = np.full(shape, value, array.dtype)
     wide[tuple(slice(n) for n in array.shape)] = array
-    return wide
+    return wide  # type: ignore[return-value]
 
 
 def _repeats(flat: Ints) -> bool:

@@ -208,10 +208,9 @@ class TieredCache(SparseCache):
         attended = resident.clone()
         heads = architecture.num_kv_heads(self.config)
         for index, layer in self.tiered_layers():
-            if layer.attended_passive is None:
-                continue
-            for segment, columns in enumerate(layer.attended_passive.cpu()):
-                attended[segment // heads, index, segment % heads, columns[columns >= 0]] = True
+            if layer.attended_passive is not None:
+                segment, column = torch.from_numpy(layer.attended_passive)
+                attended[segment // heads, index, segment % heads, column] = True
         return StepSelection(attended), resident | passive
 
     @property
@@ -325,6 +324,8 @@ class TieredCache(SparseCache):
             If the cache is empty or does not know its model, or the folder can't be written or holds other files.
         """
         save_session(self, folder)
+        for _, layer in self.tiered_layers():
+            layer.asked_at = 0  # go on as the opened session will
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, *, passive: str = "cpu") -> TieredCache:

@@ -38,7 +38,7 @@ def copied(cache: TieredCache) -> TieredCache:
 def _copied_layer(cache: TieredCache, twin: TieredCache, index: int, layer: TieredLayer) -> TieredLayer:
     copy = twin.fresh_layer(index)
     copy.dtype, copy.device, copy.is_initialized = layer.dtype, layer.device, True
-    copy.n_kv_heads, copy.share = layer.n_kv_heads, layer.share
+    copy.n_kv_heads, copy.share, copy.asked_at = layer.n_kv_heads, layer.share, layer.asked_at
     copy.replace_store(layer.store.take_rows(torch.arange(layer.batch, device=layer.device)))
     store = cache.tiers.store
     parts = [

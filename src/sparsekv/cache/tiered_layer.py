@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.cache.exchange import Entries, pick, repack, with_room
+from sparsekv.cache.exchange import Bools, Residents, with_room
 from sparsekv.cache.layer import Reader, SparseLayer
+from sparsekv.cache.places import Ints
 from sparsekv.cache.rope import Rotation
 from sparsekv.cache.segments import Segments
 from sparsekv.cache.tiers import LENT, Tiers
@@ -41,8 +43,11 @@ class TieredLayer(SparseLayer):
         self.recall: Reader | None = None
         self.share: Tensor | None = None
         """FloatTensor [S]: each segment's part of the active size, 1 on average; None: 1 everywhere."""
-        self.attended_passive: Tensor | None = None
-        """LongTensor [S, any]: columns that the last forward attended to and that are passive now, or -1."""
+        self.attended_passive: Ints | None = None
+        """int64 [2, any]: segments and columns that the last forward attended to and that are passive now."""
+        self.asked_at = 0
+        """Tokens seen when the last forward of several tokens ended; a hint to `TieredReader`, not in sessions."""
+        self._quotas: tuple[Tensor | None, int, list[int]] | None = None  # of that share and active size
 
     @property
     def reader(self) -> Reader | None:
@@ -70,9 +75,11 @@ class TieredLayer(SparseLayer):
             width=store.keys.shape[-1],
             item=store.keys.element_size(),
         )
-        if self.share is None:
-            return [active] * len(store.counts)
-        return (self.share * active + 1e-6).long().clamp(min=1).tolist()
+        n, known = len(store.counts), self._quotas
+        if known is None or known[0] is not self.share or known[1] != active or len(known[2]) != n:
+            shared = None if self.share is None else (self.share * active + 1e-6).long().clamp(min=1).tolist()
+            known = self._quotas = (self.share, active, shared or [active] * n)
+        return known[2]
 
     def spare_room(self, sizes: list[int]) -> int:
         """Tail slots that a new buffer of segments with `sizes` entries may have beyond them, within the quotas."""
@@ -90,6 +97,8 @@ class TieredLayer(SparseLayer):
         """Append [B, H, Q, D]; the buffer grows by no more than the active size and these tokens need."""
         n_new, store = key_states.shape[2], self._store
         self.attended_passive = None
+        if n_new > 1:
+            self.asked_at = self.get_seq_length() + n_new
         if store is not None and (store.tail + n_new > store.room or store.tail < store.guard.tail):
             used = [count + store.tail + n_new for count in store.counts]
             self._store = with_room(store, store.tail + n_new + self.spare_room(used))
@@ -120,35 +129,29 @@ class TieredLayer(SparseLayer):
         if not self.tiers.held:
             self.cut(self.tiers.n_sink, attended=True)
 
-    def to_passive(self, leaving: Tensor, *, attended: bool) -> None:
-        """Copy the stored entries `leaving` (BoolTensor [N], in the order of `Segments.live`), but for padding.
+    def to_passive(self, leaving: Bools, *, attended: bool) -> None:
+        """Copy the stored entries `leaving` [N], in the order of `Segments.live`, but for padding.
 
         `attended`: note that the last forward attended to them. (Not while a context is read: they are too many.)
         """
         store = self.store
-        real = self.tiers.real_columns(store.seen, store.keys.device)
-        if real is not None:
-            segment, column, _ = store.live()
-            leaving = leaving & real[segment // store.n_kv_heads, column]
-        gone = pick(store, leaving)
+        residents = Residents(store, self.tiers.real_columns(store.seen))
+        gone = residents.pick(leaving & residents.alive)
         self.tiers.swap(self.index, store.batch, store.n_kv_heads, gone)
         if attended and len(gone):
-            self._note_attended(gone)
+            self.note_attended(gone.segment, gone.columns)
 
-    def _note_attended(self, gone: Entries) -> None:
-        """Add entries, in the order of their segments, to `attended_passive`."""
-        sizes = torch.bincount(gone.segment, minlength=len(self.store.counts))
-        there = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
-        columns = torch.full(there.shape, -1, dtype=torch.int64, device=sizes.device)
-        columns[there] = gone.columns.long()
+    def note_attended(self, segment: Ints, columns: Ints) -> None:
+        """Add entries to `attended_passive`."""
+        new = np.stack([segment, columns])
         noted = self.attended_passive
-        self.attended_passive = columns if noted is None else torch.cat([noted, columns], dim=1)
+        self.attended_passive = new if noted is None else np.concatenate([noted, new], axis=1)
 
-    def _stored_mask(self, kept: Tensor) -> Tensor:
-        """BoolTensor [N]: `kept` by column, read for every stored entry."""
-        heads = self.n_kv_heads
-        segment, column, slot = self.store.live()
-        return kept.to(slot.device).expand(-1, heads, -1)[segment // heads, segment % heads, column]
+    def _stored_mask(self, kept: Tensor) -> Bools:
+        """[N]: `kept` by column, read for every stored entry."""
+        heads, residents = self.n_kv_heads, Residents(self.store)
+        by_column = kept.expand(-1, heads, -1).flatten(0, 1).cpu().numpy()
+        return np.asarray(by_column[residents.segment, residents.column])
 
     def cut(self, n_sink: int, *, attended: bool = False) -> None:
         """Bring every segment within its quota: the oldest entries but the first `n_sink` leave.
@@ -156,21 +159,18 @@ class TieredLayer(SparseLayer):
         For the moment after a context was read, when no query can say what matters. `attended` as in `to_passive`.
         """
         store = self.store
-        segment, column, _ = store.live()
-        real = self.tiers.real_columns(store.seen, column.device)
-        alive = torch.ones_like(column, dtype=torch.bool)
-        if real is not None:
-            alive = real[segment // store.n_kv_heads, column]
-        sizes = torch.bincount(segment[alive], minlength=len(store.counts))
-        quotas = torch.tensor(self.quotas(), device=column.device)
-        if bool((sizes <= quotas).all()):
+        residents = Residents(store, self.tiers.real_columns(store.seen))
+        segment, alive = residents.segment, residents.alive
+        sizes = np.bincount(segment[alive], minlength=len(store.counts))
+        quotas = np.array(self.quotas())
+        if (sizes <= quotas).all():
             return
-        before = alive.cumsum(0) - alive.long()  # living entries before this one, in all segments
-        rank = before - (sizes.cumsum(0) - sizes)[segment]
-        sinks = quotas.clamp(max=n_sink)[segment]
+        before = alive.cumsum() - alive  # living entries before this one, in all segments
+        rank = before - (sizes.cumsum() - sizes)[segment]
+        sinks = quotas.clip(max=n_sink)[segment]
         stays = alive & ((rank < sinks) | (rank >= (sizes - quotas)[segment] + sinks))
         self.to_passive(~stays, attended=attended)
-        self._store = repack(store, stays)
+        self._store = residents.repack(stays)
 
     def fork(self, kept: Tensor, rotation: Rotation | None = None) -> SparseLayer:
         """Refused: `TieredCache.fork` copies both tiers."""
@@ -201,13 +201,14 @@ class TieredLayer(SparseLayer):
         """Forget everything."""
         super().reset()
         self.share = self.attended_passive = None
+        self.asked_at = 0
 
     def snapshot(self) -> Any:
         """The present state of the residents."""
-        return super().snapshot(), self.share
+        return super().snapshot(), self.share, self.asked_at
 
     def restore(self, state: Any) -> None:
         """Back to a snapshot."""
-        inner, self.share = state
+        inner, self.share, self.asked_at = state
         super().restore(inner)
         self.attended_passive = None

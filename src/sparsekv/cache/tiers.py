@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
-from sparsekv.cache.exchange import Entries
+from sparsekv.cache.exchange import Bools, Entries
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
+from sparsekv.cache.places import Ints, padded
 from sparsekv.errors import ConfigError, unknown
+from sparsekv.policies.base import LayerPolicy
 
 DISK = "disk:"
 
@@ -60,12 +63,12 @@ class Tiers:
     held: bool = False
     decode: DecodeEviction | None = None
 
-    def real_columns(self, seen: int, device: torch.device) -> Tensor | None:
-        """BoolTensor [B, T seen] of the columns that are no padding, or None if there is none."""
+    def real_columns(self, seen: int) -> Bools | None:
+        """[B, T seen]: the columns that are no padding, or None if there is none."""
         if self.real is None:
             return None
-        known = self.real[:, :seen].to(device)
-        return torch.nn.functional.pad(known, (0, seen - known.shape[1]), value=True)
+        known = self.real[:, :seen].cpu().numpy()
+        return padded(known, (known.shape[0], seen), True)
 
     def leaves_it_to_policy(self, layer: int, n_query: int, seen: int, quota: int) -> bool:
         """Whether the policy is about to bring a layer within `quota` itself, right after this forward's attention."""
@@ -76,10 +79,22 @@ class Tiers:
             return False
         return not decode.budget.given or decode.budget.n_kept(seen) <= quota
 
+    def observed(self, n_query: int) -> int:
+        """Newest tokens whose entries have to be resident when a policy scores: its observation window.
+
+        `n_query` tokens are being read; a policy that reads a context sees the hidden states of no others.
+        """
+        if self.held:
+            return n_query
+        policy = None if self.decode is None else self.decode.policy
+        return int(getattr(policy, "window", 0)) if isinstance(policy, LayerPolicy) else 0
+
     def counts(self, layer: int, rows: int, heads: int) -> Tensor:
         """LongTensor [S]: entries of one layer in the passive tier."""
         held = self.store.counts(layer)
-        return torch.nn.functional.pad(held, (0, heads - held.shape[1], 0, rows - held.shape[0])).flatten()
+        if held.shape != (rows, heads):
+            held = torch.nn.functional.pad(held, (0, heads - held.shape[1], 0, rows - held.shape[0]))
+        return held.flatten()
 
     def swap(
         self, layer: int, rows: int, heads: int, leaving: Entries | None, coming: Entries | None = None
@@ -112,27 +127,18 @@ class Tiers:
                     self.store.drop_layer(layer, put[0], put[1])
                 raise
 
-    def peek(self, layer: int, counts: Tensor, columns: Tensor, device: torch.device) -> Entries | None:
-        """Copies of passive entries: counts [B, H] and their columns [N], by segment; None if there are none."""
-        if not len(columns):
-            return None
-        keys, values = self.store.peek_layer(layer, counts, columns)
-        segment = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
-        return Entries(segment.to(device), columns.to(device), keys.to(device), values.to(device))
-
 
 def _request(entries: Entries | None, rows: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(counts [B, H], columns, keys, values) by segment, as the store wants them; None if there are none."""
+    """(counts [B, H], columns, keys, values) as the store wants them; None if there are none."""
     if entries is None or not len(entries):
         return None
-    order = entries.segment.argsort(stable=True)
-    counts = torch.bincount(entries.segment, minlength=rows * heads).view(rows, heads)
-    return counts, entries.columns[order], entries.keys[order], entries.values[order]
+    counts = np.bincount(entries.segment, minlength=rows * heads).reshape(rows, heads)
+    return torch.from_numpy(counts), torch.from_numpy(entries.columns), entries.keys, entries.values
 
 
-def slack(quota: int) -> int:
+def slack(quotas: Ints) -> Ints:
     """How far below its quota a full segment is cut, in entries."""
-    return min(_SLACK, quota // 8)
+    return np.minimum(_SLACK, quotas // 8)
 
 
 def open_store(passive: str, page_size: int) -> PassiveStore:

@@ -141,6 +141,11 @@ class _InLayer(LayerPolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "_loaded", {})  # what was downloaded, per model
 
+    @property
+    def window(self) -> int:
+        """Newest tokens that the press takes for those of the last entries, to observe the others; 0: none."""
+        return max(getattr(press, "window_size", None) or 0 for press in nested(self.template))
+
     def _ready(self, module: nn.Module, ratio: float) -> BasePress:
         """A fresh copy with its ratio set and its weights loaded."""
         config: Any = module.config

@@ -149,9 +149,14 @@ def page_bounds(query: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 
     sum_d max(q_d lowest_d, q_d highest_d), split by the sign of q_d so that it is a matrix product.
     """
+    return box_bounds(query, torch.cat([highest, lowest], dim=-1).float())
+
+
+def box_bounds(query: Tensor, extremes: Tensor) -> Tensor:
+    """As `page_bounds`, where highest and lowest stand side by side already: `extremes` fp32 [..., P, 2 D]."""
     query = query.float()
     both = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
-    return both @ torch.cat([highest, lowest], dim=-1).float().transpose(-1, -2)
+    return both @ extremes.transpose(-1, -2)
 
 
 def best_entries(scores: Tensor, n_stored: int, sizes: StepSizes) -> Tensor:
