@@ -10,6 +10,11 @@ ratios to the warm memcpy. The disk store's figures contain its checksums; its f
 puts, because a file that has just been written to is checked at every read. A model of 8 billion parameters:
 
     python benchmarks/tiers.py --heads 8 --head-dim 128 --layers 8 --tokens 4096 16384
+
+What a second tier costs per token, with SmolLM2-135M and contexts of so many tokens: tokens of a text are read one by
+one, in turn by a TieredCache and a SparseCache that hold as many entries:
+
+    python benchmarks/tiers.py --decode 1024 4096
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from typing import Any
 import torch
 from machine import describe
 
+from sparsekv import TieredCache, compress, load_model
+from sparsekv.benchmarks.data import haystack_text
 from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
@@ -146,6 +153,34 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
     store.close()
 
 
+def decoding(context: int, active: int, tokens: int) -> None:
+    """Seconds per token with and without a second tier; apart the first 8 tokens, at which every layer looks."""
+    model, tokenizer = load_model("smollm2")
+    text = haystack_text("book_eval")[: 6 * (context + tokens)]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    caches = {
+        "TieredCache": compress(
+            model, ids[:, :context], "snapkv", 1 - active / context, cache=TieredCache(model, active)
+        ),
+        "SparseCache": compress(model, ids[:, :context], "snapkv", 1 - active / context),
+    }
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with torch.inference_mode():
+        for at in range(context, context + tokens):
+            for name, cache in caches.items():
+                started = time.perf_counter()
+                model(input_ids=ids[:, at : at + 1], past_key_values=cache)
+                seconds[name].append(time.perf_counter() - started)
+    print(f"\n{context} tokens of context, {active} active, {tokens} tokens one by one")
+    for part, name in ((slice(8), "first 8"), (slice(8, None), "then")):
+        both = [seconds[cache][part] for cache in caches]
+        means, medians = ([1e3 * f(x) for x in both] for f in (statistics.mean, statistics.median))
+        print(
+            f"  {name:8s} mean {means[0]:7.1f} ms against {means[1]:7.1f} ms  x {means[0] / means[1]:.2f}   "
+            f"median {medians[0]:7.1f} ms against {medians[1]:7.1f} ms  x {medians[0] / medians[1]:.2f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,9 +194,16 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--folder", type=Path, help="where the disk store lies (default: a temporary folder)")
+    parser.add_argument("--decode", type=int, nargs="+", help="contexts; measure tokens, not stores")
+    parser.add_argument("--active", type=int, default=256, help="active size for --decode")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens for --decode")
     args = parser.parse_args()
     print(describe())
     torch.manual_seed(0)
+    if args.decode:
+        for context in args.decode:
+            decoding(context, args.active, args.new_tokens)
+        return
     for tokens in args.tokens:
         dtype = getattr(torch, args.dtype)
         batches = [ragged(args.rows, args.heads, tokens, args.head_dim, dtype) for _ in range(args.layers)]
