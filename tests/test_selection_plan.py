@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kvpress import SnapKVPress
 
 from oracle import positions
 from sample_policies import SmallKeys
@@ -13,9 +14,12 @@ from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.plan import SelectionPlan, budget_for
 from sparsekv.policies import make_policy
+from sparsekv.policies.anchors import Anchors, DynamicAnchors, PlaceAnchorConfig
+from sparsekv.policies.augment import EvictionAug
 from sparsekv.policies.base import LayerPolicy
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import NEVER, Selection
+from sparsekv.training.dropping import DroppingConfig, make_plan
 from toy import tiny_model
 
 T = 20
@@ -137,6 +141,51 @@ def test_a_layer_policy_gets_the_rows_own_budget():
     for at in plan.selected.values():
         assert ((at[0] == 18).sum(-1) == 18 - 10).all(), "7 would be under 2 + 8"
         assert not (at[1] == 14).any(), "a context of 8"
+
+
+@pytest.mark.parametrize("name", ["anchors", "dynamic_anchors"])
+def test_the_sinks_of_anchors_are_never_short_of_room(name):
+    policy, budget = make_policy(name, sink_size=8, recent_size=4), Budget(compression_ratio=0.7)
+    assert budget_for(policy, budget, 16).n_kept(16) == 8, "5 would be under the sinks"
+    assert budget_for(policy, budget, 5).n_kept(5) == 5
+    assert budget_for(policy, budget, 40) is budget, "12 hold them; recent ones give way"
+    assert budget_for(make_policy(name, sink_size=8, use_sink=False), budget, 16) is budget
+
+
+def test_a_training_step_of_anchors_keeps_the_sinks_of_a_short_context():
+    config = PlaceAnchorConfig(sink_size=8, recent_size=4)
+    token, budget = Anchors(config), Budget(compression_ratio=0.7)
+    ids = torch.randint(3, 250, (1, T), generator=torch.Generator().manual_seed(7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plan = make_plan(
+        tiny_model("llama"), batch, token, budget, DroppingConfig(), boundaries=(16,), seeds=(0,)
+    )
+    wanted = torch.full((T,), NEVER, dtype=torch.int32)
+    wanted[8:16] = 16
+    assert torch.equal(plan.selection.layer(0)[0, 0], wanted)
+    within = SelectionPlan(DynamicAnchors(config, "knorm"), budget, boundary=(16, 4))
+    run(within)
+    for at in within.selected.values():
+        assert torch.equal(at[0], wanted.expand(2, -1))
+        assert (at[1] == NEVER).all()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_context_no_longer_than_a_press_window_stays_whole(hard):
+    """kvpress refuses to score it; the other row is scored as ever, softly or by a choice."""
+    (policy,) = EvictionAug(policies=(SnapKVPress(window_size=4),), soft_scores=True).policies
+    plan = SelectionPlan(policy, Budget(compression_ratio=0.5), boundary=(12, 4), hard=hard)
+    run(plan)
+    for layer, at in plan.selected.items():
+        assert ((at[0] == 12).sum(-1) == (6 if hard else 12)).all()
+        if hard:
+            assert (at[1] == NEVER).all()
+        else:
+            kept = plan.soft_kept[layer]
+            assert kept[0] == pytest.approx(0.5, abs=1e-3) and kept[1] == 1
+    alone = SelectionPlan(policy.inner, Budget(compression_ratio=0.5), boundary=(12, 4))
+    run(alone)
+    assert all((at[1] == NEVER).all() and (at[0] == 12).any() for at in alone.selected.values())
 
 
 @pytest.mark.parametrize(

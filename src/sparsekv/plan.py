@@ -70,28 +70,15 @@ class Observer(Protocol):
 
 
 def budget_for(policy: Policy, budget: Budget, n: int) -> Budget:
-    """The budget of a context of `n` entries in training: at least what the policy always keeps (n_sink, n_recent).
+    """The budget of a context of `n` entries in training: at least what the policy always keeps (`always_kept`).
 
-    When a context is served, a budget under these sizes is an error. In training, samples differ in length and a
-    curriculum raises the ratio, so a short context loses what it can, and one no longer than these sizes nothing. A
-    number of tokens under these sizes stays an error.
+    When a context is served, a budget under that is an error. In training, samples differ in length and a curriculum
+    raises the ratio, so a short context loses what it can, and one no longer than what always stays nothing. A number
+    of tokens under it stays an error.
     """
-    sizes = (getattr(policy, name, None) for name in ("n_sink", "n_recent"))
-    always = sum(size for size in sizes if isinstance(size, int))
-    if budget.compression_ratio is not None and n and budget.n_kept(n) < always:
-        return Budget(tokens=always, scope=budget.scope)
+    if budget.compression_ratio is not None and n and budget.n_kept(n) < policy.always_kept:
+        return Budget(tokens=policy.always_kept, scope=budget.scope)
     return budget
-
-
-def observation_window(policy: Policy) -> int:
-    """Entries that a kvpress press needs beyond its context, for its window of observing queries; 0 if it has none."""
-    press = getattr(policy, "template", None)
-    while press is not None:
-        window = getattr(press, "window_size", None)
-        if isinstance(window, int):
-            return window
-        press = getattr(press, "press", None)
-    return 0
 
 
 @dataclass
@@ -224,8 +211,8 @@ class SelectionPlan:
                 tokenizer=self.tokenizer,
             )
             leaves = self.leaves(start, end, at.device)
-            if not is_soft and end - start <= observation_window(policy):
-                continue  # such a press can't score so short a context
+            if not is_soft and end - start <= policy.too_short:
+                continue
             budget = budget_for(policy, self.budget, end - start)
             if end == start:
                 soft.append(torch.full((), torch.nan, device=key.device))

@@ -213,6 +213,11 @@ class Anchors(TokenPolicy):
             raise ConfigError(f"anchors: random_fraction must be in [0, 1], got {fraction!r}")
 
     @property
+    def always_kept(self) -> int:
+        """The sinks; other anchors give way to a smaller budget."""
+        return self.config.n_sink
+
+    @property
     def reads_text(self) -> bool:
         """True if special tokens or punctuation count."""
         return self.config.reads_text
@@ -277,6 +282,11 @@ class DynamicAnchors(LayerPolicy):
     method: str = "h2o"
     name = "dynamic_anchors"
     ratio_free = False
+
+    @property
+    def always_kept(self) -> int:
+        """The sinks; other anchors give way to a smaller budget."""
+        return self.config.n_sink
 
     @property
     def reads_text(self) -> bool:

@@ -203,6 +203,12 @@ class Policy(ABC):
         return None
 
     @property
+    def always_kept(self) -> int:
+        """Entries that must stay whatever the budget: a smaller one is an error."""
+        sizes = (getattr(self, name, None) for name in ("n_sink", "n_recent"))
+        return sum(size for size in sizes if isinstance(size, int))
+
+    @property
     def reads_text(self) -> bool:
         """True if a tokenizer is needed."""
         return False
@@ -283,6 +289,10 @@ class LayerPolicy(Policy):
 
     positive_scores: ClassVar[bool] = False
     """True if its scores are positive by nature, as attention is, so that ratios of them mean something."""
+
+    too_short: int = 0
+    """Contexts of at most so many entries can't be scored, for these are the queries that score; training leaves such
+    a context whole."""
 
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""

@@ -146,6 +146,11 @@ class _InLayer(LayerPolicy):
         """Newest tokens that the press takes for those of the last entries, to observe the others; 0: none."""
         return max(getattr(press, "window_size", None) or 0 for press in nested(self.template))
 
+    @property
+    def too_short(self) -> int:  # type: ignore[override]
+        """Its window: kvpress refuses a context that is not longer."""
+        return self.window
+
     def _ready(self, module: nn.Module, ratio: float) -> BasePress:
         """A fresh copy with its ratio set and its weights loaded."""
         config: Any = module.config

@@ -31,6 +31,7 @@ _AS_INNER = (
     "joint",
     "whole_context",
     "positive_scores",
+    "too_short",
 )
 """What a method says of itself; softness changes none of it."""
 
@@ -70,15 +71,23 @@ class SoftScores(LayerPolicy):
         return self.inner.name
 
     @property
+    def always_kept(self) -> int:
+        """As the inner method."""
+        return self.inner.always_kept
+
+    @property
     def reads_text(self) -> bool:
         """As the inner method."""
         return self.inner.reads_text
 
     def weigh_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
-        """Log weights [B, H, T] <= 0; the weights of each head (scope "layer": of a layer) sum to its budget."""
+        """Log weights [B, H, T] <= 0; the weights of each head (scope "layer": of a layer) sum to its budget.
+
+        All 0 for a context that is too short for the method.
+        """
         inner: Any = self.inner
         total = ctx.keys.shape[2]
-        if budget.n_kept(total) >= total:
+        if budget.n_kept(total) >= total or total <= self.too_short:
             return torch.zeros(ctx.keys.shape[:3], dtype=torch.float32, device=ctx.keys.device)
         if budget.scope == "model":
             raise ConfigError(f"method {self.name}: soft scores take a budget of scope 'head' or 'layer'")
