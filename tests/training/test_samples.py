@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import datasets
 import pytest
+from torch.utils.data import IterableDataset
 
 from sparsekv.errors import ConfigError
 from sparsekv.training.samples import Samples, StreamedSamples, as_sample
@@ -39,6 +42,31 @@ def test_empty_texts_give_their_place_to_the_next():
     streamed = Samples.of(iter(rows), tokenizer, 16)
     assert isinstance(streamed, StreamedSamples)
     assert [sample["sample_index"] for sample in streamed] == [0, 3]
+
+
+class Anew(IterableDataset):
+    """A stream that starts over each time it is iterated."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_training_stream_starts_over_with_other_numbers():
+    """Without the shortness of a stream, resuming would skip past its end; a number decides what is dropped."""
+    stream = Anew([{"text": text} for text in ("ab", "", "def")])
+    made = Samples.of(stream, toy_tokenizer(), 16, endless=True)
+    found = list(islice(made, 6))
+    assert [sample["input_ids"] for sample in found] == 3 * [sample["input_ids"] for sample in found[:2]]
+    numbers = [sample["sample_index"] for sample in found]
+    assert numbers[:2] == [0, 2] and len(set(numbers)) == 6 and max(numbers) < 2**63
+    assert list(islice(made, 6)) == found, "the same again"
+    assert [sample["sample_index"] for sample in Samples.of(made, None, 1)] == [0, 2], "what is judged ends"
+    once = Samples.of(iter([{"text": "ab"}]), toy_tokenizer(), 16, endless=True)
+    assert len(list(once)) == 1, "an iterator can't start over"
+    assert not list(Samples.of(Anew([{"text": ""}]), toy_tokenizer(), 16, endless=True))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
@@ -11,6 +12,9 @@ from sparsekv.errors import ConfigError
 
 LEAST_TOKENS = 2
 """Fewer predict nothing."""
+
+_ROUND = 2**32
+"""Added to the numbers of a stream's samples each time it starts over: more than it has samples."""
 
 
 def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int) -> dict[str, Any] | None:
@@ -68,13 +72,15 @@ class Samples(Dataset):
         self[0]  # so that a wrong data set is told before training
 
     @classmethod
-    def of(cls, dataset: Any, tokenizer: Any, seq_len: int) -> Any:
-        """`dataset` as samples; None, and what is samples already, as it is."""
-        if dataset is None or isinstance(dataset, (Samples, StreamedSamples, str)):
+    def of(cls, dataset: Any, tokenizer: Any, seq_len: int, *, endless: bool = False) -> Any:
+        """`dataset` as samples; None, and what is samples already, as it is. `endless`: of a stream."""
+        if dataset is None or isinstance(dataset, (Samples, str)):
             return dataset
+        if isinstance(dataset, StreamedSamples):
+            return StreamedSamples(dataset.inner, dataset.tokenizer, dataset.seq_len, endless=endless)
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             return cls(dataset, tokenizer, seq_len)
-        return StreamedSamples(dataset, tokenizer, seq_len)
+        return StreamedSamples(dataset, tokenizer, seq_len, endless=endless)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -89,13 +95,28 @@ class Samples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """A stream whose items are samples, numbered as they come; those that are too short are left out."""
+    """A stream whose items are samples, numbered as they come; those that are too short are left out.
 
-    def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
+    Parameters
+    ----------
+    inner : what gives the items, anew each time it is iterated
+    tokenizer, seq_len : see `as_sample`
+    endless : start over whenever `inner` ends, with other numbers, so that other entries are dropped. Training needs
+        it: Trainer takes max_steps to be one epoch of a stream, and skips as far when it resumes. An iterator, which
+        can't start over, still ends.
+    """
+
+    def __init__(self, inner: Any, tokenizer: Any, seq_len: int, *, endless: bool = False) -> None:
         self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
+        self.endless = endless
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index, item in enumerate(self.inner):
-            found = as_sample(item, index, self.tokenizer, self.seq_len)
-            if found is not None:
-                yield found
+        for first in count(step=_ROUND):
+            empty = True
+            for index, item in enumerate(self.inner):
+                found = as_sample(item, index, self.tokenizer, self.seq_len)
+                if found is not None:
+                    empty = False
+                    yield {**found, "sample_index": first + found["sample_index"]}
+            if empty or not self.endless:
+                return

@@ -193,7 +193,7 @@ class SparseKVTrainer(ResumableTrainer):
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=Samples.of(train_dataset, tokenizer, seq_len),
+            train_dataset=Samples.of(train_dataset, tokenizer, seq_len, endless=True),
             eval_dataset=Samples.of(eval_dataset, tokenizer, seq_len),
             processing_class=tokenizer,
             **kwargs,
