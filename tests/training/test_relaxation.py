@@ -165,6 +165,6 @@ def test_the_trainer_hardens_soft_thresholds_over_the_run(tmp_path):
         train_dataset=samples(2),
         tokenizer=toy_tokenizer(),
     )
-    found = [trainer._policy(step, step / 10, 0.5).temperature for step in (0, 5, 10)]
+    found = [trainer.policy_at(step, step / 10, 0.5).temperature for step in (0, 5, 10)]
     assert found == pytest.approx([2.0, 1.1, 0.2])
     assert trainer.press.temperature == 2.0

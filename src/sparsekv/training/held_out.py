@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ def held_out_sums(
     plan_of: Callable[[Mapping[str, Tensor]], SelectionPlan],
     ratio: float,
     device: torch.device,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
     """float64 [3], over all batches: cross-entropy with the full cache, that under eviction, and labels.
 
@@ -91,6 +93,7 @@ def held_out_sums(
     batches : as `SparseKVTrainer` makes them ready
     plan_of : from a batch to what is hidden of it
     ratio : fraction to remove, where predictors decide
+    precision : the context in which training computes (autocast)
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     training = model.training
@@ -98,12 +101,38 @@ def held_out_sums(
     try:
         for batch in batches:
             ready = after_the_boundary(batch, batch[BOUNDARY])
-            served = served_by_scores(model, ready, plan_of(ready), ratio)
-            sums[:2] += summed_losses(model, ready, (None, served))
+            with precision():
+                served = served_by_scores(model, ready, plan_of(ready), ratio)
+                sums[:2] += summed_losses(model, ready, (None, served))
             sums[2] += float(labels_of_rows(ready).sum())
     finally:
         model.train(training)
     return sums
+
+
+@torch.no_grad()
+def held_out_perplexity(trainer: SparseKVTrainer, loader: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What `SparseKVTrainer.evaluate` tells of collated batches: the curriculum's ratio at the trainer's step, the
+    perplexity with the full cache, that under eviction, and the latter's log (loss). Every process takes part.
+    """
+    step, total = trainer.state.global_step, max(trainer.state.max_steps, 1)
+    ratio = trainer.curriculum.ratio(step, total)
+    policy = trainer.policy_at(step, step / total, ratio, judged=True)
+    hard = not isinstance(policy, RelaxedRelevance)
+    sums = held_out_sums(
+        trainer.accelerator.unwrap_model(trainer.model),
+        (trainer._prepare_inputs(trainer.ready(batch, epoch=-1, judged=True)) for batch in loader),
+        lambda ready: trainer.plan(ready, policy, ratio, hard=hard),
+        ratio,
+        trainer.args.device,
+        trainer.accelerator.autocast,
+    )
+    if trainer.args.world_size > 1:
+        sums = trainer.accelerator.reduce(sums, "sum")
+    count = max(float(sums[2]), 1.0)
+    full, evicted = (float(torch.exp(sums[i] / count)) for i in (0, 1))
+    loss = float(sums[1] / count)
+    return {"perplexity": full, "perplexity_evicted": evicted, "ratio": ratio, "loss": loss}
 
 
 class Baseline(TrainerCallback):

@@ -45,7 +45,7 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
-from sparsekv.training.held_out import Baseline, held_out_sums
+from sparsekv.training.held_out import Baseline, held_out_perplexity
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
 from sparsekv.training.objective import Objective
@@ -223,14 +223,14 @@ class SparseKVTrainer(ResumableTrainer):
         self.fold_scores()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         epoch = int(self.state.epoch or 0)
-        ready = [self._ready(batch, epoch) for batch in batches]
+        ready = [self.ready(batch, epoch) for batch in batches]
         count = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in ready)
         items = torch.as_tensor(count, device=device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return ready, items.clamp_min(1)
 
-    def _ready(self, batch: Mapping[str, Any], epoch: int, *, judged: bool = False) -> dict[str, Tensor]:
+    def ready(self, batch: Mapping[str, Any], epoch: int, *, judged: bool = False) -> dict[str, Tensor]:
         """Seeds and boundaries; then what the objective makes of the batch, unless it is to be `judged`."""
         made_of = None if judged else self.objective.prepare
         return ready_batch(batch, self.dropping, seed=self.args.seed, epoch=epoch, prepare=made_of)
@@ -252,13 +252,18 @@ class SparseKVTrainer(ResumableTrainer):
         )
         step, total = self.state.global_step, max(self.state.max_steps, 1)
         ratio = self.curriculum.ratio(step, total)
-        policy = self._policy(step, step / total, ratio)
+        policy = self.policy_at(step, step / total, ratio)
         plan = self.plan(inputs, policy, ratio, observe=True)
         plan.keep_scores = isinstance(policy, RelaxedRelevance)
         plain = self.accelerator.unwrap_model(model)
-        teacher = teacher_output(plain, inputs, self.frozen_teacher) if self.objective.needs_teacher else None
-        student = student_output(model, plain, inputs, plan)
-        losses = self.objective(student, teacher, inputs, plan, items)
+        teacher = None
+        # Two contexts: what the teacher casts without gradient must not be what the student finds cached.
+        with self.accelerator.autocast():
+            if self.objective.needs_teacher:
+                teacher = teacher_output(plain, inputs, self.frozen_teacher)
+        with self.accelerator.autocast():
+            student = student_output(model, plain, inputs, plan)
+            losses = self.objective(student, teacher, inputs, plan, items)
         loss = losses.total
         share = float(labels_of_rows(inputs).sum()) / items
         sparsity = getattr(self.press, "sparsity", None)
@@ -306,7 +311,7 @@ class SparseKVTrainer(ResumableTrainer):
         plan.hard = hard
         return plan
 
-    def _policy(self, step: int, progress: float, ratio: float, *, judged: bool = False) -> Policy:
+    def policy_at(self, step: int, progress: float, ratio: float, *, judged: bool = False) -> Policy:
         """The policy of a step; what is drawn depends on the step alone, so that batching changes nothing.
 
         `judged`: always the same one, so that evaluations compare: predictors if they train, else the first draw.
@@ -351,32 +356,12 @@ class SparseKVTrainer(ResumableTrainer):
 
         The curriculum hears the latter.
         """
-        own = eval_dataset is None
         loader = self.get_eval_dataloader(Samples.of(eval_dataset, self.processing_class, self.seq_len))
-        step, total = self.state.global_step, max(self.state.max_steps, 1)
-        ratio = self.curriculum.ratio(step, total)
-        policy = self._policy(step, step / total, ratio, judged=True)
-        batches = (self._prepare_inputs(self._ready(batch, epoch=-1, judged=True)) for batch in loader)
-        hard = not isinstance(policy, RelaxedRelevance)
-        sums = held_out_sums(
-            self.accelerator.unwrap_model(self.model),
-            batches,
-            lambda ready: self.plan(ready, policy, ratio, hard=hard),
-            ratio,
-            self.args.device,
-        )
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums, "sum")
-        count = max(float(sums[2]), 1.0)
-        full, evicted = (float(torch.exp(sums[i] / count)) for i in (0, 1))
-        if own and self.is_in_train:
-            self.curriculum.observe(full if self.curriculum.needs_baseline else evicted)
-        metrics = {
-            f"{metric_key_prefix}_perplexity": full,
-            f"{metric_key_prefix}_perplexity_evicted": evicted,
-            f"{metric_key_prefix}_ratio": ratio,
-            f"{metric_key_prefix}_loss": float(sums[1] / count),
-        }
+        found = held_out_perplexity(self, loader)
+        if eval_dataset is None and self.is_in_train:
+            needed = "perplexity" if self.curriculum.needs_baseline else "perplexity_evicted"
+            self.curriculum.observe(found[needed])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
