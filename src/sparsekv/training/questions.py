@@ -106,5 +106,14 @@ VALUE_QUESTIONS = (
 )
 VALUE_PREFIXES = ("{Key} has the {what}s", "{What}s of {key}:", "Found:", "There are {n}:")
 
-LIST_ANSWERS = ("{commas}", "{commas}", "{and}", "{and}.", "{semicolons}", "{lines}")
+LIST_ANSWERS = (
+    "{commas}",
+    "{commas}",
+    "{and}",
+    "{and}.",
+    "{semicolons}",
+    "{lines}",
+    "{bullets}",
+    "{bullets}",
+)
 """How several values are listed."""

@@ -141,20 +141,26 @@ def fill(template: str, slots: dict[str, str]) -> str:
 
 
 def listed(values: Sequence[str], keys: Sequence[str] | None = None) -> dict[str, str]:
-    """Slots for `questions.LIST_ANSWERS`; with keys also {pairs}."""
+    """Slots for `questions.LIST_ANSWERS`; with keys also {pairs}, {pair_lines}, {pair_bullets}."""
     items = list(values)
     slots = {
         "commas": ", ".join(items),
         "and": enumeration(items),
         "semicolons": "; ".join(items),
         "lines": "\n".join(items),
+        "bullets": _bullets(items),
     }
     if keys is not None:
-        slots["pairs"] = "; ".join(f"{key}: {value}" for key, value in zip(keys, items, strict=True))
+        pairs = [f"{key}: {value}" for key, value in zip(keys, items, strict=True)]
+        slots |= {"pairs": "; ".join(pairs), "pair_lines": "\n".join(pairs), "pair_bullets": _bullets(pairs)}
     return slots
 
 
-PAIR_ANSWERS = (*LIST_ANSWERS, "{pairs}")
+def _bullets(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+PAIR_ANSWERS = (*LIST_ANSWERS, "{pairs}", "{pair_lines}", "{pair_bullets}")
 
 
 @dataclass(frozen=True)
