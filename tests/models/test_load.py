@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from sparsekv.errors import ConfigError
 from sparsekv.models import MODELS, load_model, load_tokenizer, locate
 from sparsekv.models.fetch import fetch_embedded
-from sparsekv.models.load import load_config, one_line
+from sparsekv.models.load import add_adapter, load_config, one_line
 from sparsekv.models.locate import cached_folder, locate_model, locate_on_hub
 
 from .tiny import tiny_llama
@@ -102,6 +102,15 @@ def test_adapter_gives_the_logits_it_had_when_saved(base, tmp_path, tiny_embedde
     assert (expected - logits(tiny_embedded.original)).abs().max() > 0.1
     assert type(model) is LlamaForCausalLM if merge else isinstance(model, PeftModel)
     assert not model.training
+
+
+def test_an_adapter_to_train_on_is_as_it_was_saved(base, tmp_path):
+    expected = save_adapter(tmp_path / "adapter")
+    plain, _ = load_model(str(base), dtype="float32")
+    model = add_adapter(plain, tmp_path / "adapter", name="tiny", trainable=True)
+    assert torch.allclose(logits(model.eval()), expected, atol=1e-4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and trained == {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
 def test_adapter_folder_as_name_finds_its_embedded_base(embedded, tmp_path, capsys):

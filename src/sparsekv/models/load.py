@@ -120,7 +120,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return _load_tokenizer(name, locate_model(name), trust_remote_code)
 
 
-def add_adapter(model: PreTrainedModel, folder: Path, *, name: str, merge: bool) -> PreTrainedModel:
+def add_adapter(
+    model: PreTrainedModel, folder: Path, *, name: str, merge: bool = False, trainable: bool = False
+) -> PreTrainedModel:
     """Put a LoRA adapter on a model.
 
     Args:
@@ -128,6 +130,7 @@ def add_adapter(model: PreTrainedModel, folder: Path, *, name: str, merge: bool)
         folder: the adapter's folder.
         name: the model's name, for messages.
         merge: add the adapter to the weights and return the plain model; otherwise a `PeftModel`.
+        trainable: the adapter's weights take gradients (those of the model don't).
 
     Raises:
         ConfigError: the adapter's layers or shapes are not those of the model.
@@ -137,12 +140,13 @@ def add_adapter(model: PreTrainedModel, folder: Path, *, name: str, merge: bool)
     misfit = f"adapter {str(folder)!r} does not fit model {name!r}"
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
+        config.inference_mode = not trainable
         wrapped = PeftModelForCausalLM(model, config, "default")
         result = wrapped.load_adapter(
             str(folder),
             "default",
             torch_device=str(model.device),
+            is_trainable=trainable,
             key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
         )
     except (ValueError, RuntimeError, KeyError, TypeError, _safetensors_error()) as error:

@@ -17,8 +17,8 @@ from transformers.training_args import OptimizerNames
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.models import load_model
-from sparsekv.models.load import one_line
-from sparsekv.models.locate import check_adapter_folder
+from sparsekv.models.load import add_adapter
+from sparsekv.models.locate import ADAPTER_CONFIG, check_adapter_folder
 from sparsekv.policies import make_policy
 from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
@@ -46,8 +46,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     press = press_of(config)
     if press is not None:
         policy_of(press)
-    if config.adapter is not None:
-        check_adapter_folder(config.adapter)
+    adapter = None if config.adapter is None else _checked_adapter(config.adapter)
     arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
     model, tokenizer = load_model(
         config.model,
@@ -56,7 +55,10 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         trust_remote_code=config.trust_remote_code,
     )
     train, held_out = split_data(config.data, config.eval_data, config.held_out, config.seed, tokenizer)
-    model = _trainable(model, config)
+    if adapter is not None:
+        model = add_adapter(model, adapter, name=config.model, trainable=True)
+    if config.train_model == "frozen":
+        model.requires_grad_(False)
     options = config.relevance
     relaxation = None
     if options.enabled:
@@ -69,8 +71,8 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
             n_sink=options.n_sink,
             n_recent=options.n_recent,
         )
-    if config.adapter is not None and options.enabled and (Path(config.adapter) / RELEVANCE_FILE).exists():
-        load_relevance(model, config.adapter)
+    if adapter is not None and options.enabled and (adapter / RELEVANCE_FILE).exists():
+        load_relevance(model, adapter)
     shape = RelevanceConfig(options.width, options.bias, tuple(options.features))
     if options.enabled and options.start_from is not None:
         with_predictors(model, shape, options.start_from)
@@ -231,24 +233,20 @@ def split_data(
     return train, None
 
 
-def _trainable(model: Any, config: TrainConfig) -> Any:
-    """The model with what the config wants trained unfrozen; a fresh LoRA adapter is the trainer's."""
-    if config.adapter is not None:
-        from peft import PeftModel
+def _checked_adapter(given: str) -> Path:
+    """The folder of the LoRA adapter that training goes on from.
 
-        if config.train_model != "lora":
-            raise ConfigError(
-                f"adapter '{config.adapter}' is given, but train_model is '{config.train_model}'"
-            )
-        try:
-            return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"adapter '{config.adapter}' does not fit model '{config.model}': {one_line(error)}"
-            ) from error
-    if config.train_model == "frozen":
-        model.requires_grad_(False)
-    return model
+    Raises
+    ------
+    ConfigError
+        If it can't be loaded, or holds no adapter.
+    """
+    folder = check_adapter_folder(given)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"adapter '{given}' holds relevance predictors alone; relevance: {{start_from: {given}}} goes on from them"
+        )
+    return folder
 
 
 class _ToFile(TrainerCallback):

@@ -1,0 +1,75 @@
+"""From a config to its trainer: adapters that training goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sparsekv.config import parse_config
+from sparsekv.errors import ConfigError
+from sparsekv.relevance import attach_relevance
+from sparsekv.relevance.files import save_relevance
+from sparsekv.training.build import build_trainer
+from sparsekv.training.config import TrainConfig
+from toy import save_toy_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_model(tmp_path_factory.mktemp("models") / "toy", num_hidden_layers=2)
+
+
+def config(model: Path, output: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "model": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "output_dir": str(output),
+        "data": {"kind": "text", "seq_len": 64},
+        "press": {"name": "block_dropout", "args": {"block_size": 4, "n_sink": 1, "n_recent": 3}},
+        "objective": "standard_lm",
+        "curriculum": {"name": "fixed", "args": {"ratio": 0.5}},
+        "steps": 2,
+        **changes,
+    }
+    return parse_config(TrainConfig, settings)
+
+
+def write_adapter(folder: Path, n_layers: int) -> Path:
+    """A LoRA adapter with weights other than 0, for a toy model of so many layers."""
+    torch.manual_seed(3)
+    options = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    options.init_lora_weights = False
+    made = get_peft_model(tiny_model("llama", num_hidden_layers=n_layers), options)
+    made.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.parametrize(("n_layers", "problem"), [(3, "has weights for"), (1, "lacks weights for")])
+def test_an_adapter_of_another_model_is_refused(
+    n_layers: int, problem: str, model: Path, tmp_path: Path
+) -> None:
+    """PEFT would leave out what doesn't fit, or train fresh weights in its place."""
+    adapter = write_adapter(tmp_path / "adapter", n_layers)
+    with pytest.raises(ConfigError, match=rf"adapter .* does not fit model .*{problem} 2 modules") as caught:
+        build_trainer(config(model, tmp_path, adapter=str(adapter)))
+    assert "\n" not in str(caught.value)
+
+
+def test_training_goes_on_from_an_adapter(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", 2)
+    trainer = build_trainer(config(model, tmp_path, adapter=str(adapter)))
+    trained = {name: each for name, each in trainer.model.named_parameters() if each.requires_grad}
+    assert len(trained) == 4 and all("q_proj.lora_" in name for name in trained)
+    assert all(each.abs().max() > 0 for each in trained.values())
+    assert trainer.model.peft_config["default"].r == 3
+
+
+def test_predictors_alone_are_no_adapter(model: Path, tmp_path: Path) -> None:
+    save_relevance(attach_relevance(tiny_model("llama", num_hidden_layers=2)), tmp_path)
+    with pytest.raises(ConfigError, match=r"holds relevance predictors alone; relevance: \{start_from: "):
+        build_trainer(config(model, tmp_path / "run", adapter=str(tmp_path)))
