@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sparsekv.errors import ConfigError
 from sparsekv.files import write_atomically
+from sparsekv.policies.base import Policy
 from sparsekv.relevance.files import load_relevance, save_relevance
 from sparsekv.relevance.predictor import Served, has_relevance, serve_as
 from sparsekv.training.checkpoints import (
@@ -29,6 +30,7 @@ from sparsekv.training.checkpoints import (
 )
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.given import relevance_press, served_after
 from sparsekv.training.output import (
     load_curriculum,
     write_curriculum,
@@ -49,6 +51,8 @@ class ResumableTrainer(Trainer):
     Attributes
     ----------
     curriculum, quantiles, relaxation : whose state is saved
+    policy : Policy or None
+        The press's.
     config : TrainConfig or None
         Written into checkpoints, and compared when one is resumed.
     n_checkpoints : int or None
@@ -59,6 +63,7 @@ class ResumableTrainer(Trainer):
     curriculum: Curriculum
     quantiles: ScoreQuantiles
     relaxation: Relaxation | None
+    policy: Policy | None
     config: TrainConfig | None
     n_checkpoints: int | None
 
@@ -163,8 +168,15 @@ class ResumableTrainer(Trainer):
         """Whatever a step left to be taken into the state."""
 
     def say_how_to_serve(self) -> None:
-        """Tell the predictors what they were trained with, so that their file says it."""
-        if self.relaxation is None or not has_relevance(self.model):
+        """Tell the predictors what they were trained with, so that their file says it: the relaxation's sizes, or those
+        of the press where it alone trained them.
+        """
+        if not has_relevance(self.model):
+            return
+        if self.relaxation is None:
+            press = relevance_press(self.policy)
+            if press is not None:
+                serve_as(self.model, served_after(press))
             return
         threshold = 0.0
         if self.relaxation.threshold == "quantile":

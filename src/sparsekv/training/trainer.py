@@ -45,6 +45,7 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
+from sparsekv.training.given import check_drops, prepare_arguments, relevance_press
 from sparsekv.training.held_out import Baseline, held_out_perplexity
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
@@ -79,7 +80,8 @@ class SparseKVTrainer(ResumableTrainer):
     args : TrainingArguments
     press : one of `sparsekv`'s presses or kvpress's, optional
         What drops entries; its compression_ratio is the default curriculum. Without one, relevance predictors do.
-        The temperature of a SoftThresholdPress, or of soft scores, falls to a tenth of it over the run.
+        The temperature of a SoftThresholdPress, or of soft scores, falls to a tenth of it over the run. One with
+        on="relevance" trains the predictors.
     curriculum : Curriculum, optional
         The ratio at every step.
     objective : Objective, optional
@@ -87,12 +89,13 @@ class SparseKVTrainer(ResumableTrainer):
     dropping : DroppingConfig, optional
         After a boundary (default), or streaming.
     relaxation : Relaxation, optional
-        Train relevance predictors through soft evictions; they are attached if the model has none. With a press too,
-        `press_share` of the steps run under the press instead.
+        Train relevance predictors through soft evictions.
     relevance : RelevanceConfig, optional
-        Shape of fresh predictors.
+        Shape of fresh predictors, which a model gets that has none and is to train them.
     relevance_lr, relevance_weight_decay : float
         Of the predictors.
+    press_share : float in (0, 1], with both press and relaxation
+        The fraction of the steps that run under the press.
     lora : LoraOptions, optional
         The adapter that a plain model gets; None leaves the model as it is (full fine-tuning, or what is unfrozen).
     tokenizer : of the data collator, and of policies that look at the text
@@ -105,7 +108,8 @@ class SparseKVTrainer(ResumableTrainer):
     Raises
     ------
     ConfigError
-        For anything that would train nothing: no press and no relaxation, no trainable parameter, DataParallel.
+        For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
+        parameter; and for DataParallel and FSDP.
     """
 
     def __init__(
@@ -132,20 +136,18 @@ class SparseKVTrainer(ResumableTrainer):
     ) -> None:
         tokenizer = tokenizer if tokenizer is not None else kwargs.pop("processing_class", None)
         args = args if args is not None else TrainingArguments(output_dir="output/train")
-        if press is None and relaxation is None:
-            raise ConfigError(
-                "nothing drops entries: give press=..., or relaxation=Relaxation() for predictors"
-            )
+        self.policy = None if press is None else policy_of(press)
+        check_drops(self.policy, relaxation, press_share)
+        trains_predictors = relaxation is not None or relevance_press(self.policy) is not None
         if isinstance(model, str):
             from sparsekv.models import load_model
 
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
         forbid_reentrant(args)
-        if relaxation is not None and press is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # predictors take no part in a press's steps
+        # Not in a press's steps, and not in those of a soft one while its ratio is 0.
+        prepare_arguments(args, idle_predictors=trains_predictors and press is not None)
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
-        self.policy: Policy | None = None if press is None else policy_of(press)
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
         # A press that was given no ratio, and no curriculum to set one, decides by sizes of its own.
@@ -162,7 +164,7 @@ class SparseKVTrainer(ResumableTrainer):
             raise ConfigError(
                 f"press and objective ask for different sparsities: {', '.join(sorted(kinds))}; give one"
             )
-        self.objective = objective or (EITObjective() if relaxation else StandardLMObjective())
+        self.objective = objective or (EITObjective() if trains_predictors else StandardLMObjective())
         self.relevance_lr, self.relevance_weight_decay = relevance_lr, relevance_weight_decay
         self.quantiles = ScoreQuantiles()
         self.meter = Meter()
@@ -172,15 +174,14 @@ class SparseKVTrainer(ResumableTrainer):
         moves = self.objective.needs_teacher and lora is None and moves_without_adapters(model)
         self.frozen_teacher = copy.deepcopy(model).eval().requires_grad_(False) if moves else None
         model = with_lora(model, lora, seed=args.seed)
-        if relaxation is not None and not has_relevance(model):
+        if trains_predictors and not has_relevance(model):
             attach_relevance(model, relevance, seed=args.seed)
         for module in relevance_modules(model).values():
-            getattr(module, NAME).requires_grad_(relaxation is not None)
+            getattr(module, NAME).requires_grad_(trains_predictors)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
             )
-        args.remove_unused_columns = False
         self.n_checkpoints, args.save_total_limit = args.save_total_limit, None  # whole ones only: `rotate`
         collator = kwargs.pop("data_collator", None)
         if collator is None:

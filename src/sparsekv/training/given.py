@@ -1,0 +1,67 @@
+"""What a trainer is given, checked: refused where it would train nothing, or not what it says."""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from sparsekv.errors import ConfigError
+from sparsekv.policies.base import Policy
+from sparsekv.policies.blocks import DEFAULT_RECENT
+from sparsekv.policies.soft import SoftThreshold
+from sparsekv.relevance.predictor import Served
+from sparsekv.training.relaxation import Relaxation
+
+
+def relevance_press(policy: Policy | None) -> SoftThreshold | None:
+    """The policy, or the one among those that it draws from, through which gradients reach relevance predictors."""
+    for one in getattr(policy, "policies", (policy,)):
+        if isinstance(one, SoftThreshold) and one.on == "relevance":
+            return one
+    return None
+
+
+def served_after(press: SoftThreshold) -> Served:
+    """How predictors are to be served that a soft press trained: with what it keeps, by its threshold if it has one.
+
+    Without an n_recent it kept `DEFAULT_RECENT` entries, or fewer where the budget was small.
+    """
+    recent = DEFAULT_RECENT if press.n_recent is None else press.n_recent
+    return Served(press.n_sink, recent, 0.0 if press.threshold is None else press.threshold)
+
+
+def check_drops(policy: Policy | None, relaxation: Relaxation | None, press_share: float) -> None:
+    """Who drops entries, and in which share of the steps.
+
+    Raises
+    ------
+    ConfigError
+        If nobody does; if a share is given without both, or none with both; if predictors are never trained.
+    """
+    if policy is None and relaxation is None:
+        raise ConfigError("nothing drops entries: give press=..., or relaxation=Relaxation() for predictors")
+    if isinstance(press_share, bool) or not (isinstance(press_share, (int, float)) and 0 <= press_share <= 1):
+        raise ConfigError(f"press_share must be a number in [0, 1], got {press_share!r}")
+    both = policy is not None and relaxation is not None
+    if both != (press_share > 0):
+        given = "with" if both else "without"
+        raise ConfigError(
+            f"press_share {press_share:g} {given} both press and relaxation; it says which share of the steps, in "
+            "(0, 1], the press takes when predictors are trained too"
+        )
+    if press_share == 1 and relevance_press(policy) is None:
+        raise ConfigError(
+            "press_share 1 gives every step to the press, so predictors would never be trained; give less, or no "
+            "relaxation"
+        )
+
+
+def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None:
+    """Set what this trainer needs where nothing is said.
+
+    Parameters
+    ----------
+    idle_predictors : True if predictors that train take no part in some steps
+    """
+    if idle_predictors and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True
+    args.remove_unused_columns = False
