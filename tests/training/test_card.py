@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sparsekv.config import parse_config
-from sparsekv.training.card import license_of, model_card
+from sparsekv.training.card import license_of, model_card, write_card
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import public_settings
 
@@ -70,6 +72,50 @@ def test_only_measured_numbers() -> None:
     settings = public_settings(parse_config(TrainConfig, CONFIG))
     empty = model_card(settings, [], license_id=None, relevance=False)
     assert "Nothing was logged." in empty and "2.346" not in empty
+
+
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        (
+            {
+                "name": "eit",
+                "lambda_kl": 1.0,
+                "args": {"lambda_ce": 0.2, "lambda_context": 3.0, "context_tokens": 192},
+            },
+            "0.2 · cross-entropy + 1 · KL at temperature 1 + 3 · KL on 192 tokens of the context",
+        ),
+        ({"name": "eit", "args": {"lambda_ce": 0}}, "1 · KL at temperature 1"),
+        ("standard_lm", "cross-entropy"),
+        (
+            {"name": "sparse_lm", "sparsity_weight": 0.05, "args": {"sparsity_kind": "l1"}},
+            "cross-entropy + 0.05 · sparsity of attention (l1)",
+        ),
+        (
+            {
+                "name": "mixed",
+                "weights": {"eit": 0.7, "reconstruction": 0.5},
+                "args": {"eit": {"lambda_ce": 0.2}, "reconstruction": {"span": 12, "cue": 4}},
+            },
+            "0.7 · (0.2 · cross-entropy + 1 · KL at temperature 1) + "
+            "0.5 · (cross-entropy + 1 · cross-entropy of 8 repeated tokens)",
+        ),
+    ],
+)
+def test_every_term_is_there_with_its_weight(objective: Any, text: str) -> None:
+    settings = public_settings(parse_config(TrainConfig, CONFIG | {"objective": objective}))
+    made = model_card(settings, ROWS, license_id=None, relevance=True)
+    assert f"| objective | {text} |" in made
+
+
+def test_what_is_said_of_an_adapter_that_training_went_on_from_is_its_own(tmp_path: Path) -> None:
+    settings = public_settings(parse_config(TrainConfig, CONFIG | {"lora": None, "adapter": "/some/first"}))
+    found = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(found))
+    write_card(tmp_path, settings, ROWS, base="smollm2")
+    made = (tmp_path / "README.md").read_text()
+    assert "| LoRA | r 4, alpha 12, on q_proj, v_proj |" in made
+    assert "| went on from | adapter first |" in made
 
 
 def test_how_to_use_it_follows_from_what_was_trained() -> None:

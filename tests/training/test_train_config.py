@@ -43,6 +43,12 @@ def test_defaults_and_shorthands() -> None:
     assert (made.lora.r, made.lora.alpha, made.lora.dropout) == (64, 128, 0)
     assert made.lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert config(train_model="full").lora is None
+    assert config(adapter="a").lora is None and config(adapter="a").train_model == "lora"
+    saved = (
+        config().model_dump()
+    )  # by an earlier version, with the defaults that an adapter of its own doesn't have
+    assert parse_config(TrainConfig, saved | {"adapter": "a"}) == config(adapter="a")
+    assert EITConfig("smollm2", settings={"adapter": "a"}).to_train_config().lora is None
     assert config(train_model="frozen", **NO_PRESS).lora is None
     assert config(report_to="none").report_to == []
     assert config(report_to="tensorboard").report_to == ["tensorboard"]
@@ -70,6 +76,7 @@ def test_all_weights_are_trained_in_float32() -> None:
     [
         {},
         {"train_model": "full"},
+        {"adapter": "a"},
         {"train_model": "frozen", **NO_PRESS},
         {"dropping": "streaming", "window": 64},
         {"curriculum": {"name": "step", "args": {"milestones": {0: 0.1, 50: 0.4}}}},
@@ -118,6 +125,7 @@ def test_round_trip_through_json(changes: dict[str, Any]) -> None:
             {"relevance": {"enabled": True}, "press_share": 1},
             "press_share 1 gives every step to 'block_dropout', so predictors would never be trained",
         ),
+        ({"adapter": "a", "lora": {"r": 8}}, "lora is given beside adapter 'a', whose rank"),
         ({"adapter": "a", "train_model": "full"}, "adapter 'a' is given, but train_model is 'full'"),
         (
             {"adapter": "a", "train_model": "frozen", **NO_PRESS},
@@ -151,6 +159,10 @@ def test_round_trip_through_json(changes: dict[str, Any]) -> None:
         (
             {"objective": {"name": "mixed", "weights": {"eit": 1}, "args": {"span": 9}}},
             "args of objective mixed are .* got span: 9",
+        ),
+        (
+            {"objective": {"name": "mixed", "weights": {"eit": 1}, "args": {"eit": {"weight": 2}}}},
+            "args of 'eit' in objective mixed has weight 2; weights: .eit: …. sets it",
         ),
         ({"objective": {"name": "eit", "temperature": 0}}, "objective.temperature: .*greater than 0, got 0"),
         ({"objective": {"name": "eit", "lambda_kl": -1}}, "objective.lambda_kl"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sparsekv import __version__
 from sparsekv.models import public_id
+from sparsekv.training.config_parts import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from sparsekv.training.objective import Objective
 
 TAGS = ("kv-cache", "kv-cache-compression", "long-context", "sparsekv")
 _NOT_MEASURED = {"step", "epoch", "learning_rate", "grad_norm", "total_flos"}
@@ -44,6 +49,7 @@ def write_card(
         settings,
         metrics,
         license_id=license_of(base),
+        lora=_lora_of(folder),
         relevance=(folder / "relevance.safetensors").is_file(),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -55,6 +61,7 @@ def model_card(
     *,
     license_id: str | None,
     relevance: bool,
+    lora: Mapping[str, Any] | None = None,
 ) -> str:
     """The card as text: YAML front matter and Markdown.
 
@@ -64,6 +71,7 @@ def model_card(
         As for `write_card`. What was trained (`train_model`) decides what the card says of how to load it.
     license_id : of the base; None if it isn't known
     relevance : whether predictors lie beside
+    lora : r, alpha and targets of the adapter, where the settings don't say them because training went on from one
     """
     base, trained = settings["model"], settings["train_model"]
     adapter, whole = trained == "lora", trained == "full"
@@ -91,7 +99,7 @@ def model_card(
             else []
         ),
         "",
-        *settings_table(_settings(settings)),
+        *settings_table(_settings(settings, settings.get("lora") or lora)),
         "`training_config.json` has all of them; `sparsekv train training_config.json` runs them again, where the",
         "files that it names are there.",
         "",
@@ -153,7 +161,17 @@ def _front_matter(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _lora_of(folder: Path) -> dict[str, Any] | None:
+    """r, alpha and targets in a folder's adapter_config.json; None where they aren't there."""
+    path = folder / "adapter_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    r, alpha, targets = (found.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if r is None or alpha is None or not targets:
+        return None
+    return {"r": r, "alpha": alpha, "targets": [targets] if isinstance(targets, str) else sorted(targets)}
+
+
+def _settings(settings: Mapping[str, Any], lora: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     press, method, relevance = settings.get("press"), settings.get("method"), settings.get("relevance") or {}
     drops = press or method
     rows = [
@@ -166,9 +184,10 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("objective", _objective(settings["objective"])),
         ("trained", settings["train_model"]),
     ]
-    lora = settings.get("lora")
     if lora:
         rows.append(("LoRA", f"r {lora['r']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}"))
+    if settings.get("adapter"):
+        rows.append(("went on from", f"adapter {settings['adapter']}"))
     if relevance.get("enabled"):
         width = relevance["width"]
         kind = f"{width} hidden units" if width else "linear"
@@ -185,11 +204,36 @@ def _named(part: Mapping[str, Any]) -> str:
 
 
 def _objective(part: Mapping[str, Any]) -> str:
-    if part["name"] == "eit":
-        return f"cross-entropy + {part['lambda_kl']:g} · KL at temperature {part['temperature']:g}"
-    if part["name"] == "mixed":
-        return " + ".join(f"{weight:g} · {name}" for name, weight in part["weights"].items())
-    return str(part["name"])
+    """Every term of an objective with its weight."""
+    from sparsekv.training.objectives import make_objective
+
+    given = ObjectiveConfig.model_validate(part)
+    return _terms(make_objective(given.name, **given.arguments()))
+
+
+def _terms(objective: Objective) -> str:
+    from sparsekv.training import objectives as kinds
+
+    if isinstance(objective, kinds.MixedObjective):
+        return " + ".join(f"{weight:g} · ({_terms(one)})" for one, weight in objective.objectives)
+    terms: list[tuple[float, str]] = [(1.0, "cross-entropy")]
+    if isinstance(objective, kinds.EITObjective):
+        context = f"KL on {objective.context_tokens} tokens of the context"
+        terms = [
+            (objective.lambda_ce, "cross-entropy"),
+            (objective.lambda_kl, f"KL at temperature {objective.temperature:g}"),
+            (objective.lambda_context, context),
+        ]
+    elif isinstance(objective, kinds.SparseLMObjective):
+        terms.append((objective.sparsity_weight, f"sparsity of attention ({objective.sparsity_kind})"))
+    elif isinstance(objective, kinds.ReconstructionObjective):
+        repeated = f"cross-entropy of {objective.span - objective.cue} repeated tokens"
+        terms.append((objective.weight, repeated))
+    return " + ".join(_weighed(weight, what) for weight, what in terms if weight)
+
+
+def _weighed(weight: float, what: str) -> str:
+    return what if weight == 1 and what == "cross-entropy" else f"{weight:g} · {what}"
 
 
 def _measured(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -61,7 +61,7 @@ class TrainConfig(Strict):
     objective : what is minimised
     curriculum : the ratio (fraction REMOVED) at every step
     train_model : "lora", "full" (all parameters) or "frozen" (only the predictors)
-    lora : the adapter; only with train_model "lora"
+    lora : the fresh adapter; only with train_model "lora" and without `adapter`
     steps : optimizer steps
     batch_size, accumulation : samples per forward on each process, and forwards per step
     optimizer : one of the names of transformers' `TrainingArguments.optim`
@@ -126,6 +126,14 @@ class TrainConfig(Strict):
         # `lora: null` and no `lora` at all mean different things, which only the unparsed values tell apart.
         if not isinstance(values, dict) or values.get("train_model", "lora") != "lora":
             return values
+        if values.get("adapter") is not None:
+            # All defaults count as not given: that is what configs of earlier versions were saved with.
+            if values.get("lora") not in (None, {}, LoraOptions(), LoraOptions().model_dump()):
+                raise ValueError(
+                    f"lora is given beside adapter '{values['adapter']}', whose rank, alpha, dropout and targets are "
+                    "its own; leave lora out"
+                )
+            return {**values, "lora": None}
         if "lora" in values and values["lora"] is None:
             raise ValueError(
                 "lora is null, so what is trained? Give train_model: full, or frozen for predictors alone"

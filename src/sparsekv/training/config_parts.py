@@ -150,6 +150,10 @@ class ObjectiveConfig(Strict):
                     f"args of objective mixed are {{objective: {{parameter: value}}}} for {', '.join(self.weights)}, "
                     f"got {key}: {value!r}"
                 )
+            if "weight" in value:
+                raise ValueError(
+                    f"args of '{key}' in objective mixed has weight {value['weight']!r}; weights: {{{key}: …}} sets it"
+                )
         return self
 
     def arguments(self) -> dict[str, Any]:

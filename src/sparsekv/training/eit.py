@@ -44,7 +44,8 @@ class EITConfig:
     held_out : int
         Samples set aside for "adaptive"; others need none.
     settings : dict, optional
-        Further keys of TrainConfig, on top of all this.
+        Further keys of TrainConfig, on top of all this. With an `adapter` among them, lora_r and lora_alpha are its
+        own.
     output_dir, seed, dtype, learning_rate, lora_r, lora_alpha, batch_size, accumulation, gradient_checkpointing
         As in TrainConfig.
     """
@@ -105,6 +106,8 @@ class EITConfig:
             "held_out": self.held_out if adaptive else 0,
             "eval_every": every if adaptive else 0,
         }
+        if (self.settings or {}).get("adapter") is not None:
+            del made["lora"]
         return parse_config(TrainConfig, {**made, **(self.settings or {})}, source="EITConfig")
 
     def build_trainer(self) -> SparseKVTrainer:
