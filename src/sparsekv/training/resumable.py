@@ -196,3 +196,11 @@ class LogWithCheckpoints(TrainerCallback):
         """Called after Trainer's own decision to save."""
         if control.should_save:
             control.should_log = True
+
+
+class TodaysIntervals(TrainerCallback):
+    """Steps between logs, checkpoints and evaluations are those of the arguments, not those that a checkpoint had."""
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Called after Trainer took over a checkpoint's state, which has them too."""
+        state.compute_steps(args, state.max_steps)

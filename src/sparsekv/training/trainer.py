@@ -57,7 +57,7 @@ from sparsekv.training.relaxation import (
     ScoreQuantiles,
     mean_over_processes,
 )
-from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer
+from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer, TodaysIntervals
 from sparsekv.training.samples import Samples
 from sparsekv.training.setup import (
     drawn_policy,
@@ -214,6 +214,7 @@ class SparseKVTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.add_callback(Baseline(self))
         self.add_callback(LogWithCheckpoints)
+        self.add_callback(TodaysIntervals)
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
