@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from functools import lru_cache
@@ -14,6 +15,7 @@ from sample_tokenizer import bpe_tokenizer
 import toy
 from sparsekv.benchmarks.base import Example
 from sparsekv.benchmarks.data import packaged
+from sparsekv.benchmarks.scoring import PERPLEXITY
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.prompts import assemble
 from sparsekv.training import questions_passages, selfsup_facts
@@ -55,14 +57,29 @@ def test_onward_is_plain_text_that_goes_on() -> None:
         sample = made_by.sample(index)
         n_context, n_next = sample["boundary"], len(sample["input_ids"]) - sample["boundary"]
         assert sample["labels"] == [IGNORED] * n_context + sample["input_ids"][n_context:]
-        assert n_context >= 150 and n_next == min(128, made_by._rooms[1] // 4)
-        text = " ".join(tokenizer.decode(sample["input_ids"]).split())
+        assert 150 <= n_context <= made_by._rooms[1] and n_next == min(128, made_by._rooms[1] // 4)
+        text = tokenizer.decode(sample["input_ids"][:n_context])
+        row = Example(
+            "x", "b", "t", text.removeprefix(tokenizer.bos_token), "", "", ("x",), 1, PERPLEXITY, None
+        )
+        prompt = assemble(row, tokenizer)
+        assert prompt.context_ids[0, 0] == sample["input_ids"][0] == tokenizer.bos_token_id
+        assert tokenizer.decode(prompt.context_ids[0]) == text, "as the evaluation reads plain text"
+        text = " ".join(tokenizer.decode(sample["input_ids"][1:]).split())
         assert any(text in document for document in whole), (
             "one stretch of one document, outside the template"
         )
         starts.add(text[:20])
         assert sample["sample_index"] == index
     assert len(starts) > SAMPLES // 2
+
+
+def test_onward_without_a_bos_token_has_none() -> None:
+    tokenizer = copy.deepcopy(bpe_tokenizer())
+    tokenizer.bos_token = None
+    made_by = SelfSupervision(corpus(), Layout(tokenizer), 400, families={"onward": 1}, seed=3)
+    text = " ".join(bpe_tokenizer().decode(made_by.sample(0)["input_ids"]).split())
+    assert any(text in " ".join(document.text.split()) for document in made_by.corpus.documents)
 
 
 @pytest.mark.parametrize("family", ASKING)

@@ -41,7 +41,8 @@ class Layout:
 
     Parameters
     ----------
-    tokenizer : with an eos token, so that answers end
+    tokenizer : with an eos token, so that answers end; its bos token, if it has one, starts plain text (as the
+        evaluation reads plain text)
     loss_on : "question_and_answer", or "answer" alone
     """
 
@@ -51,6 +52,7 @@ class Layout:
         self.tokenizer = tokenizer
         self.learn_question = loss_on == "question_and_answer"
         self.eos = int(tokenizer.eos_token_id)
+        self.bos = [int(tokenizer.bos_token_id)] if tokenizer.bos_token else []
         probe = "x"
         before, self.suffix = split_template(tokenizer, probe)
         self.head = before[: -len(probe)]
@@ -102,9 +104,9 @@ class Layout:
             "sample_index": index,
         }
 
-    @staticmethod
-    def text_sample(context_ids: list[int], next_ids: list[int], index: int) -> Sample:
+    def text_sample(self, context_ids: list[int], next_ids: list[int], index: int) -> Sample:
         """A sample of plain text, outside the template: how does it go on?"""
+        context_ids = self.bos + context_ids
         return {
             "input_ids": context_ids + next_ids,
             "labels": [IGNORED] * len(context_ids) + next_ids,

@@ -30,9 +30,7 @@ class TextFormat:
 
     def __init__(self, layout: Layout, seq_len: int, min_tokens: int) -> None:
         self.layout, self.min_tokens = layout, min_tokens
-        bos = layout.tokenizer.bos_token_id if layout.tokenizer.bos_token else None
-        self._bos = [] if bos is None else [int(bos)]
-        self._room = seq_len - len(self._bos)
+        self._room = seq_len - len(layout.bos)
 
     def document(self, text: str, refused: Refusals) -> list[int] | None:
         """Tokens of a document with its eos, or None if it is too short."""
@@ -51,8 +49,8 @@ class TextFormat:
         held = [int(token) for token in ids[piece.start : piece.stop]]
         learned = held[piece.labelled - piece.start :]
         return {
-            "input_ids": self._bos + held,
-            "labels": [IGNORED] * (len(self._bos) + piece.labelled - piece.start) + learned,
+            "input_ids": self.layout.bos + held,
+            "labels": [IGNORED] * (len(self.layout.bos) + piece.labelled - piece.start) + learned,
             "boundary": NO_BOUNDARY,
             "sample_index": index,
         }

@@ -19,7 +19,7 @@ Pieces = list[str | list[int]]
 
 @dataclass(frozen=True)
 class Made:
-    """A context and what is asked about it; or, with `onward`, plain token ids and those that follow them."""
+    """A context and what is asked about it; or, with `onward`, plain token ids (without bos) and those that follow."""
 
     pieces: Pieces
     turns: list[Turn]

@@ -74,7 +74,8 @@ ONWARD_TOKENS = 128
 def onward(draw: Draw) -> Made | None:
     """Nothing is asked: the text goes on where the context ends, as it does when a book is read."""
     n_next = min(ONWARD_TOKENS, draw.room // 4)
-    passage = max(draw.corpus.passages(draw.room + n_next, draw.rng), key=lambda p: p[-1].last - p[0].first)
+    n_tokens = draw.room - len(draw.layout.bos) + n_next
+    passage = max(draw.corpus.passages(n_tokens, draw.rng), key=lambda p: p[-1].last - p[0].first)
     ids = [token for sentence in passage for token in sentence.ids]
     if len(ids) < draw.room // 2 + n_next:
         return None
