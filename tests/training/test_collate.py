@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekv.errors import ConfigError
-from sparsekv.training.collate import Collator
+from sparsekv.training.collate import Collator, Placed, collator_for
 
 LONG = {"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, 7, 8, 9], "boundary": 2, "sample_index": 11}
 SHORT = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "boundary": 1, "sample_index": 4}
@@ -47,3 +47,38 @@ def test_pads_with_eos_where_there_is_no_pad_token() -> None:
     Bare.eos_token_id = None
     with pytest.raises(ConfigError, match="neither a pad token nor an eos token"):
         Collator(Bare())
+
+
+def padded(samples: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """A user's own collator, which hands on `keys` of the samples as they are."""
+    width = max(len(sample["input_ids"]) for sample in samples)
+    rows = [(width - len(sample["input_ids"]), sample) for sample in samples]
+    made = {
+        "input_ids": torch.tensor([[0] * pads + sample["input_ids"] for pads, sample in rows]),
+        "attention_mask": torch.tensor([[0] * pads + [1] * (width - pads) for pads, _ in rows]),
+        "labels": torch.tensor([[-100] * pads + sample["labels"] for pads, sample in rows]),
+    }
+    return made | {key: torch.tensor([sample[key] for sample in samples]) for key in keys}
+
+
+@pytest.mark.parametrize("keys", [(), ("boundary",), ("boundary", "sample_index")])
+def test_a_users_collator_need_not_know_of_boundaries(keys: tuple[str, ...]) -> None:
+    batch = Placed(lambda samples: padded(samples, *keys))([LONG, SHORT, WITHOUT])
+    assert batch["boundary"].tolist() == [2, 3, 0], "moved by the padding, as Collator moves them"
+    assert batch["sample_index"].tolist() == [11, 4, 0]
+
+
+def test_a_users_own_boundaries_stay() -> None:
+    own = {"boundary": torch.tensor([3, 4, 0]), "sample_index": torch.tensor([1, 2, 3])}
+    assert Placed(lambda samples: padded(samples) | own)([LONG, SHORT, WITHOUT]).items() >= own.items()
+    packed = {"input_ids": torch.ones(1, 10), "attention_mask": torch.ones(1, 10)}
+    batch = Placed(lambda samples: packed)([LONG, SHORT, WITHOUT])
+    assert batch.keys() == packed.keys(), "a row that is no sample has no boundary to know"
+
+
+def test_which_collator(toy_tokenizer: Any) -> None:
+    own = Collator(toy_tokenizer, multiple_of=4)
+    assert collator_for(own, None) is own and isinstance(collator_for(None, toy_tokenizer), Collator)
+    assert isinstance(collator_for(padded, toy_tokenizer), Placed)
+    with pytest.raises(ConfigError, match="batches need padding"):
+        collator_for(None, None)

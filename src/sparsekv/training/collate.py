@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,3 +64,51 @@ class Collator:
             "boundary": boundary,
             "sample_index": index,
         }
+
+
+class Placed:
+    """A user's collator, and where each sample's context ends in the batch that it makes.
+
+    `sample_index` and `boundary` follow from the samples, so they are added where the collator gives none; a boundary
+    that it handed on as it was in the sample is moved by the row's padding.
+
+    Parameters
+    ----------
+    collator : from a list of samples to a batch, one row per sample
+        See `SparseKVTrainer`, data_collator.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch, with sample_index and boundary LongTensor [B]; rows that are no samples are left as they are."""
+        given = torch.tensor([int(sample["boundary"]) for sample in samples])
+        index = torch.tensor([int(sample["sample_index"]) for sample in samples])
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        batch = dict(self.collator(list(samples)))
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape[0] != len(samples) or not torch.equal(mask.sum(1).cpu(), lengths):
+            return batch
+        batch.setdefault("sample_index", index)
+        boundary = torch.as_tensor(batch.get("boundary", given)).cpu()
+        if torch.equal(boundary, given):
+            boundary = torch.where(given > 0, given + mask.shape[1] - lengths, 0)
+        return batch | {"boundary": boundary}
+
+
+def collator_for(given: Any, tokenizer: Any) -> Any:
+    """A collator whose batches say where contexts end: a user's, or one of the tokenizer's.
+
+    Raises
+    ------
+    ConfigError
+        If there is neither.
+    """
+    if given is not None:
+        return given if isinstance(given, (Collator, Placed)) else Placed(given)
+    if tokenizer is None:
+        raise ConfigError(
+            "batches need padding: give tokenizer=..., or data_collator=... that pads on the left"
+        )
+    return Collator(tokenizer)

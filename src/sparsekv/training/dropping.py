@@ -24,6 +24,8 @@ WAYS: tuple[Dropping, ...] = ("prefill", "streaming")
 BOUNDARIES = ("random", "end")
 BOUNDARY, SEEDS = "boundary", "seeds"
 """Batch keys: LongTensor [B], the first column after each row's context, and the row's seed."""
+KEYS = ("input_ids", "attention_mask", "labels", BOUNDARY, "sample_index")
+"""What a collated batch has."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,17 @@ def labels_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum(1).float()
 
 
+def _check_boundaries(boundary: Tensor, attention_mask: Tensor) -> None:
+    total = attention_mask.shape[1]
+    for row, (given, real) in enumerate(zip(boundary.tolist(), attention_mask.sum(1).tolist(), strict=True)):
+        start = total - int(real)
+        if given and not start < given <= total:
+            raise ConfigError(
+                f"data_collator: boundary is a column of the padded batch, in [{start + 1}, {total}] for row {row}, "
+                f"which starts after {start} of padding (or 0: none); got {given}"
+            )
+
+
 def ready_batch(
     batch: Mapping[str, Any],
     dropping: DroppingConfig,
@@ -202,13 +215,20 @@ def ready_batch(
     Raises
     ------
     ConfigError
-        If padding lies after real tokens.
+        If a key is missing, if padding lies after real tokens, or if a boundary lies in it.
     """
     made = dict(batch)
+    for key in KEYS:
+        if key not in made:
+            raise ConfigError(
+                f"data_collator: the batch has no {key}; it has {', '.join(sorted(made)) or 'nothing'}, and needs "
+                f"{', '.join(KEYS)}"
+            )
     if not bool((made["attention_mask"].diff(dim=1) >= 0).all()):
         raise ConfigError(
             "data_collator: padding must lie on the left; this batch has some after real tokens"
         )
+    _check_boundaries(made[BOUNDARY], made["attention_mask"])
     first = made["attention_mask"].cumsum(1) <= 1  # a row's first token follows nothing, or padding
     made["labels"] = made["labels"].masked_fill(first, IGNORED)
     seeds = row_seeds(seed, epoch, made.pop("sample_index"))

@@ -29,7 +29,7 @@ from sparsekv.relevance.predictor import (
     has_relevance,
     relevance_modules,
 )
-from sparsekv.training.collate import Collator
+from sparsekv.training.collate import collator_for
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.curricula import FixedCurriculum
@@ -99,6 +99,11 @@ class SparseKVTrainer(ResumableTrainer):
     lora : LoraOptions, optional
         The adapter that a plain model gets; None leaves the model as it is (full fine-tuning, or what is unfrozen).
     tokenizer : of the data collator, and of policies that look at the text
+    data_collator : optional
+        From a list of samples to a batch padded on the left: input_ids, attention_mask, labels [B, T] (-100: ignored).
+        boundary and sample_index [B] are added where a row is a sample. A collator that makes other rows gives both:
+        the column, padding counted, of the first token after the row's context (0: a drawn one), and a number that
+        the row's draws follow.
     train_dataset, eval_dataset : items with input_ids (and labels, boundary, sample_index), or with text
     config : TrainConfig, optional
         What the trainer was built from; written into its checkpoints.
@@ -183,13 +188,7 @@ class SparseKVTrainer(ResumableTrainer):
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
             )
         self.n_checkpoints, args.save_total_limit = args.save_total_limit, None  # whole ones only: `rotate`
-        collator = kwargs.pop("data_collator", None)
-        if collator is None:
-            if tokenizer is None:
-                raise ConfigError(
-                    "batches need padding: give tokenizer=..., or data_collator=... that pads on the left"
-                )
-            collator = Collator(tokenizer)
+        collator = collator_for(kwargs.pop("data_collator", None), tokenizer)
         super().__init__(
             model=model,
             args=args,
