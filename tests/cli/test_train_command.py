@@ -42,11 +42,11 @@ Training = Callable[[TrainConfig, Callable[[str], None]], None]
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Training], None]:
-    """`trainer(function)`: what `run_training(config, progress=...)` does instead of training."""
+    """`trainer(function)`: what `run_training(config, progress=..., warn=...)` does instead of training."""
 
     def put(function: Training) -> None:
         module: Any = types.ModuleType("sparsekv.training.build")
-        module.run_training = lambda config, progress: function(config, progress)
+        module.run_training = lambda config, progress, warn: function(config, progress)
         monkeypatch.setitem(sys.modules, "sparsekv.training.build", module)
 
     return put
@@ -90,6 +90,26 @@ def test_only_the_first_process_speaks(
     trainer(finish)
     monkeypatch.setenv("RANK", "1")
     assert call(app, "sparsekv", ["train", str(config)]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_passed_over_is_told_without_progress_too(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: TrainConfig, progress: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        warn("checkpoint-4 is passed over")
+        finish(config, progress)
+
+    module: Any = types.ModuleType("sparsekv.training.build")
+    module.run_training = run
+    monkeypatch.setitem(sys.modules, "sparsekv.training.build", module)
+    assert call(app, "sparsekv", ["train", str(config), "progress=false"]) == 0
+    assert capsys.readouterr().err == "checkpoint-4 is passed over\n"
+    monkeypatch.setenv("RANK", "1")
+    assert (
+        call(app, "sparsekv", ["train", str(config), "progress=false", f"output_dir={config.parent / 'b'}"])
+        == 0
+    )
     assert capsys.readouterr() == ("", "")
 
 

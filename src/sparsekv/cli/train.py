@@ -54,7 +54,12 @@ def _train(path: Path, overrides: list[str], command: str) -> None:
     first = os.environ.get("RANK", "0") == "0"  # under torchrun, one process speaks for all
     output = Path(config.output_dir).expanduser()
     try:
-        run_training(config, progress=_say if first and config.progress else _be_silent)
+        # What a run leaves out is told in any case.
+        run_training(
+            config,
+            progress=_say if first and config.progress else _be_silent,
+            warn=_say if first else _be_silent,
+        )
     except KeyboardInterrupt:
         if first:
             print(_stopped(output, command), file=sys.stderr)

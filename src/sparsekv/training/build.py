@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,8 @@ from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
 from sparsekv.training.setup import policy_of, with_predictors
 from sparsekv.training.trainer import SparseKVTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: TrainConfig) -> SparseKVTrainer:
@@ -96,12 +99,18 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     )
 
 
-def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambda line: None) -> Path:
+def run_training(
+    config: TrainConfig,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = logger.warning,
+) -> Path:
     """Train to the end, going on from the newest whole checkpoint, and return `output_dir/final`.
 
     Parameters
     ----------
-    progress : hears one line per thing that a user should know
+    progress : hears one line per thing that a user may want to know
+    warn : hears one line per thing that a user has to know: checkpoints that are passed over
 
     Raises
     ------
@@ -115,7 +124,7 @@ def run_training(config: TrainConfig, *, progress: Callable[[str], None] = lambd
             f"output_dir '{output}' holds checkpoints and resume is false; use another output_dir, or resume: true"
         )
     for path, reason in latest.skipped.items():
-        progress(f"{path} is passed over: {reason}")
+        warn(f"{path} is passed over: {reason}")
     if latest.path is not None:
         check_config(latest.path, config)
         progress(f"going on from {latest.path}")
