@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import TrainingArguments
 
 from sparsekv.errors import ConfigError
@@ -9,6 +11,7 @@ from sparsekv.policies.base import Policy
 from sparsekv.policies.blocks import DEFAULT_RECENT
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.relevance.predictor import Served
+from sparsekv.training.objective import Objective
 from sparsekv.training.relaxation import Relaxation
 
 
@@ -65,3 +68,21 @@ def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None
     if idle_predictors and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
     args.remove_unused_columns = False
+
+
+def sparsity_weight(press: Any, objective: Objective | None) -> float:
+    """The weight of the sparsity loss that a press asks for; 0 for other presses.
+
+    Raises
+    ------
+    ConfigError
+        If the objective has one of its own.
+    """
+    sparsity = getattr(press, "sparsity", None)
+    if sparsity is None:
+        return 0.0
+    if objective is not None and objective.sparsity_kind is not None:
+        raise ConfigError(
+            f"press {type(press).__name__} and objective {objective.name} each ask for a sparsity loss; give one"
+        )
+    return float(sparsity.weight)

@@ -86,6 +86,8 @@ class Objective(ABC):
         batch: Mapping[str, Tensor],
         selection: SelectionPlan | None,
         num_items: float,
+        *,
+        sparsity: float = 0.0,
     ) -> Losses:
         """The losses of one micro-batch.
 
@@ -95,6 +97,7 @@ class Objective(ABC):
         batch : labels LongTensor [B, T], -100 ignored
         selection : the plan of the student's forward, for side outputs
         num_items : label tokens of the whole step
+        sparsity : weight of the sparsity loss that a press asks for, where the objective has none of its own
 
         Raises
         ------
@@ -137,8 +140,9 @@ class Objective(ABC):
             more = own & ~plain
             parts["reconstruction"], counts["reconstruction"] = losses.ce[more].sum(), int(more.sum())
         share = float(labelled.sum()) / num_items  # of this micro-batch in the step
-        if terms.sparsity and selection is not None and selection.collected.get("sparsity"):
-            sparsity = torch.stack(list(selection.collected["sparsity"].values())).mean()
-            total = total + terms.sparsity * share * sparsity
-            parts["sparsity"], counts["sparsity"] = sparsity.detach() * counts["ce"], counts["ce"]
+        weight = terms.sparsity or sparsity
+        if weight and selection is not None and selection.collected.get("sparsity"):
+            spread = torch.stack(list(selection.collected["sparsity"].values())).mean()
+            total = total + weight * share * spread
+            parts["sparsity"], counts["sparsity"] = spread.detach() * counts["ce"], counts["ce"]
         return Losses(total, parts, counts)

@@ -45,7 +45,7 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
-from sparsekv.training.given import check_drops, prepare_arguments, relevance_press
+from sparsekv.training.given import check_drops, prepare_arguments, relevance_press, sparsity_weight
 from sparsekv.training.held_out import Baseline, held_out_perplexity
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
@@ -164,11 +164,7 @@ class SparseKVTrainer(ResumableTrainer):
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
-        kinds = {kind for kind in (sparsity_kind(press), getattr(objective, "sparsity_kind", None)) if kind}
-        if len(kinds) > 1:
-            raise ConfigError(
-                f"press and objective ask for different sparsities: {', '.join(sorted(kinds))}; give one"
-            )
+        self.sparsity_weight = sparsity_weight(press, objective)
         self.objective = objective or (EITObjective() if trains_predictors else StandardLMObjective())
         self.relevance_lr, self.relevance_weight_decay = relevance_lr, relevance_weight_decay
         self.quantiles = ScoreQuantiles()
@@ -264,14 +260,9 @@ class SparseKVTrainer(ResumableTrainer):
                 teacher = teacher_output(plain, inputs, self.frozen_teacher)
         with self.accelerator.autocast():
             student = student_output(model, plain, inputs, plan)
-            losses = self.objective(student, teacher, inputs, plan, items)
+            losses = self.objective(student, teacher, inputs, plan, items, sparsity=self.sparsity_weight)
         loss = losses.total
         share = float(labels_of_rows(inputs).sum()) / items
-        sparsity = getattr(self.press, "sparsity", None)
-        if sparsity is not None and plan.collected.get("sparsity"):
-            loss = (
-                loss + sparsity.weight * share * torch.stack(list(plan.collected["sparsity"].values())).mean()
-            )
         if self.relaxation is not None:
             rows = labels_of_rows(inputs) / items
             penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows, contexts_of_rows(inputs))
