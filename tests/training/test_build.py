@@ -73,3 +73,11 @@ def test_predictors_alone_are_no_adapter(model: Path, tmp_path: Path) -> None:
     save_relevance(attach_relevance(tiny_model("llama", num_hidden_layers=2)), tmp_path)
     with pytest.raises(ConfigError, match=r"holds relevance predictors alone; relevance: \{start_from: "):
         build_trainer(config(model, tmp_path / "run", adapter=str(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["dynamic_kv", "quest", "think", "kvzip"])
+def test_a_method_that_can_not_be_trained_under_is_told_before_the_model_is_loaded(
+    method: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"method {method} .*; it can't be trained under"):
+        build_trainer(config(tmp_path / "no such model", tmp_path, press=None, method=method))

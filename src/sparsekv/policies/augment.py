@@ -13,6 +13,7 @@ from sparsekv.policies import make_policy
 from sparsekv.policies.base import LayerPolicy, Policy, Route, TokenPolicy
 from sparsekv.policies.picks import row_generator
 from sparsekv.policies.soft_scores import SoftScores, as_soft
+from sparsekv.policies.trainable import trainable, why_untrainable
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ class EvictionAug(Policy):
     def draw(self, seed: int) -> TokenPolicy | LayerPolicy:
         """One of the policies, all equally likely; the same for the same seed (a step's number, for example)."""
         place = torch.randint(len(self.policies), (), generator=row_generator(self.seed, seed))
-        chosen = self.policies[int(place)]
-        if not isinstance(chosen, (TokenPolicy, LayerPolicy)):
-            raise ConfigError(f"{self.name}: method {chosen.name} can't be used in a training step")
-        return chosen
+        return trainable(self.policies[int(place)])
 
 
 def _as_policy(given: Any) -> TokenPolicy | LayerPolicy:
@@ -88,14 +86,10 @@ def _as_policy(given: Any) -> TokenPolicy | LayerPolicy:
                 f"eviction_aug: {type(given).__name__} has a compression_ratio of its own ({own}); "
                 "leave it at 0, the step sets the ratio"
             )
-    if policy.own_prefill or not isinstance(policy, (TokenPolicy, LayerPolicy)):
+    reason = "needs a prefill of its own" if policy.own_prefill else why_untrainable(policy)
+    if reason is not None:
         raise ConfigError(
-            f"eviction_aug: method {policy.name or type(policy).__name__} needs a prefill of its own; "
+            f"eviction_aug: method {policy.name or type(policy).__name__} {reason}; "
             "give methods that choose entries before the forward or inside a layer"
         )
-    if policy.by_step or (isinstance(policy, LayerPolicy) and policy.joint):
-        reason = "chooses at every decoding step" if policy.by_step else "needs every layer's scores first"
-        raise ConfigError(
-            f"eviction_aug: method {policy.name} {reason}; give methods that choose inside a layer"
-        )
-    return policy
+    return trainable(policy)

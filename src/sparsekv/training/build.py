@@ -213,7 +213,7 @@ def press_of(config: TrainConfig) -> Any:
                     raise unknown(f"argument of press {config.press.name}", key, allowed)
         return kind(**config.press.args)
     if config.method is not None:
-        policy = make_policy(config.method.name, **config.method.args)
+        policy = policy_of(make_policy(config.method.name, **config.method.args))
         return PolicyPress(policy, 0.0, scope=config.method.budget_scope)
     return None
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.plan import Dropping, Observer, SelectionPlan, budget_for
-from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, TokenRow
+from sparsekv.policies.base import Policy, TokenContext, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.trainable import trainable
 from sparsekv.selection import NEVER, Selection
 from sparsekv.training.data_layout import IGNORED
 
@@ -100,17 +101,16 @@ def make_plan(
     Raises
     ------
     ConfigError
-        For policies that run the model themselves.
+        For policies that a training step can't evict by (`policies.trainable`).
     """
     mask = batch["attention_mask"].bool()
+    policy = trainable(policy, budget.scope)
     if isinstance(policy, TokenPolicy):
         selection = _select(
             model, batch["input_ids"], mask, policy, budget, how, boundaries, seeds, tokenizer
         )
         window = how.window if how.way == "streaming" else None
         return SelectionPlan(selection=selection, window=window, observers=observers)
-    if not isinstance(policy, LayerPolicy):
-        raise ConfigError(f"method {policy.name!r} runs the model itself; it can't be trained under")
     padded = None if bool(mask.all()) else mask
     streaming = how.way == "streaming"
     return SelectionPlan(

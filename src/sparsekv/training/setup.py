@@ -13,9 +13,10 @@ from transformers import TrainingArguments
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
-from sparsekv.policies.base import LayerPolicy, Policy, TokenPolicy
+from sparsekv.policies.base import Policy
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.soft_scores import SoftScores
+from sparsekv.policies.trainable import check_trainable
 from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.predictor import (
     NAME,
@@ -29,12 +30,12 @@ from sparsekv.training.weights import has_adapter
 
 
 def policy_of(press: Any) -> Policy:
-    """The policy behind a press of ours, or the same decisions of one of kvpress's.
+    """The policy behind a press of ours, the same decisions of one of kvpress's, or a policy as it is.
 
     Raises
     ------
     ConfigError
-        For presses that run the model themselves, or change more than which entries stay.
+        For what a training step can't evict by: `policies.trainable` says what that is.
     """
     policy = getattr(press, "policy", None)
     if isinstance(press, Policy):
@@ -43,12 +44,8 @@ def policy_of(press: Any) -> Policy:
         from sparsekv.policies.presses import from_press
 
         policy = from_press(press)
-    if not isinstance(policy, (TokenPolicy, LayerPolicy)) and not callable(getattr(policy, "draw", None)):
-        raise ConfigError(
-            f"press {type(press).__name__} can't be trained under: it runs the model itself, or changes more than "
-            "which entries stay"
-        )
     made: Policy = policy
+    check_trainable(made, getattr(press, "scope", "head"))
     return made
 
 
