@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 ddp_worker.py FOLDER BATCH_SIZE ACCUMULATION CASE ..
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model, toy_tokenizer
+
+JUDGED = 5
+"""Held-out samples: no multiple of two processes."""
 
 CASES: dict[str, Any] = {
     "token": lambda: {"press": sparsekv.BlockDropoutPress(block_size=4, n_sink=1, n_recent=3, share="head")},
@@ -86,6 +90,16 @@ def samples(n: int = 12) -> list[dict[str, Any]]:
     return made
 
 
+class Stream:
+    """Samples one after the other, without a length."""
+
+    def __init__(self, n: int = 12) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(samples(self.n))
+
+
 class Recorder(TrainerCallback):
     """The gradients right before every optimizer step."""
 
@@ -111,9 +125,13 @@ def run_case(
     checkpointing: bool = False,
     resume: Path | None = None,
     save_steps: int = 0,
+    judged: int = 0,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """Five SGD steps on 4 samples each: first gradient, weights before and after, and the losses logged."""
+    """Five SGD steps on 4 samples each: first gradient, weights before and after, and what is logged.
+
+    `judged`: so many samples' held-out perplexity at the end, of a data set and of a stream.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=5,
@@ -148,7 +166,10 @@ def run_case(
     before = trainable(trainer.model)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     rows = [row for row in trainer.state.log_history if "loss" in row]
+    held_out = [trainer.evaluate(each) for each in (samples(judged), Stream(judged))] if judged else []
     return {
+        "perplexity": torch.tensor([found["eval_perplexity_evicted"] for found in held_out]),
+        "ce": torch.tensor([row["ce"] for row in rows]),
         "gradient": recorder.gradients[0],
         "before": before,
         "after": trainable(trainer.model),
@@ -166,8 +187,16 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in names:
         found[name] = run_case(
-            name, folder / name, batch_size=batch_size, accumulation=accumulation, save_steps=2
+            name,
+            folder / name,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            save_steps=2,
+            judged=JUDGED if name == names[-1] else 0,
         )
+    found["stream"] = run_case(
+        "token", folder / "stream", batch_size=batch_size, accumulation=accumulation, train_dataset=Stream()
+    )
     resumed = run_case(
         names[-1],
         folder / "resumed",

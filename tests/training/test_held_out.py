@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from sparsekv import Budget, compress
 from sparsekv.relevance.predictor import relevance_modules
 from sparsekv.training import LinearCurriculum, SparseKVTrainer
+from sparsekv.training.held_out import StreamShare, share_of
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model, toy_tokenizer
 
@@ -50,3 +51,13 @@ def test_predictors_are_judged_as_they_are_served(batch_size, tmp_path):
         count += len(targets)
     assert found["eval_perplexity_evicted"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found["eval_perplexity_evicted"] != pytest.approx(found["eval_perplexity"], rel=1e-2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_have_every_sample_once(count, stream):
+    data = list("abcde")
+    given = StreamShare(data, 0, 1) if stream else data
+    shares = [list(share_of(given, index, count)) for index in range(count)]
+    assert sorted(sample for share in shares for sample in share) == data
+    assert max(len(share) for share in shares) == -(-5 // count)

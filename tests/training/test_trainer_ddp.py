@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from training.ddp_worker import run_case
+from sparsekv.errors import ConfigError
+from sparsekv.training.given import prepare_arguments
+from training.ddp_worker import JUDGED, Stream, run_case
 
 EXACT = ("token", "layer", "relevance")
 WORKER = Path(__file__).with_name("ddp_worker.py")
@@ -36,7 +39,8 @@ def test_two_processes_train_as_one(name, two_processes, tmp_path):
     found, wanted = two_processes[name], run_case(name, tmp_path, batch_size=4, accumulation=1)
     assert (found["gradient"] - wanted["gradient"]).norm() <= 1e-5 * wanted["gradient"].norm()
     assert (found["after"] - wanted["after"]).abs().max() <= 1e-6
-    torch.testing.assert_close(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-5)
+    for logged in ("loss", "ce", "achieved"):
+        torch.testing.assert_close(found[logged], wanted[logged], rtol=1e-5, atol=1e-5)
     assert (wanted["after"] - wanted["before"]).abs().max() > 1e-2
 
 
@@ -52,3 +56,28 @@ def test_two_processes_resume(two_processes):
     whole, resumed = two_processes[EXACT[-1]], two_processes["resumed"]
     assert torch.equal(resumed["after"], whole["after"])
     assert torch.equal(resumed["loss"], whole["loss"]), "the logged rows of the first two steps come along"
+
+
+def test_a_stream_is_read_by_every_process(two_processes, tmp_path):
+    """Samples of different lengths: handed out by one process they could not be put together."""
+    found = two_processes["stream"]
+    wanted = run_case("token", tmp_path, batch_size=4, accumulation=1, train_dataset=Stream())
+    assert (found["gradient"] - wanted["gradient"]).norm() <= 1e-5 * wanted["gradient"].norm()
+    assert (found["after"] - wanted["after"]).abs().max() <= 1e-6
+
+
+def test_batches_that_one_process_hands_out_are_refused(tmp_path):
+    given = TrainingArguments(str(tmp_path), use_cpu=True)
+    prepare_arguments(given, idle_predictors=False)
+    assert given.accelerator_config.dispatch_batches is False
+    given.accelerator_config.dispatch_batches = True
+    with pytest.raises(ConfigError, match="dispatch_batches must be False"):
+        prepare_arguments(given, idle_predictors=False)
+
+
+def test_every_held_out_sample_is_judged_once(two_processes, tmp_path):
+    """Of a data set and of a stream, whose number is no multiple of the processes."""
+    found = two_processes[EXACT[-1]]["perplexity"]
+    wanted = run_case(EXACT[-1], tmp_path, batch_size=4, accumulation=1, judged=JUDGED)["perplexity"]
+    assert len(found) == 2 and wanted[0] == pytest.approx(float(wanted[1]))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)

@@ -64,7 +64,17 @@ def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None
     Parameters
     ----------
     idle_predictors : True if predictors that train take no part in some steps
+
+    Raises
+    ------
+    ConfigError
+        For batches that one process hands out to the others: they would have to be of equal length.
     """
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "accelerator_config: dispatch_batches must be False; every process reads its own samples, of any length"
+        )
+    args.accelerator_config.dispatch_batches = False  # where nothing is said it would be True for a stream
     if idle_predictors and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
     args.remove_unused_columns = False

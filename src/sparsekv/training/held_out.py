@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import TrainerCallback
 
 from sparsekv import architecture
@@ -25,6 +27,25 @@ from sparsekv.training.student import student_output
 
 if TYPE_CHECKING:
     from sparsekv.training.trainer import SparseKVTrainer
+
+
+class StreamShare(IterableDataset):
+    """Every `count`-th sample of a stream, from the one at `index`."""
+
+    def __init__(self, inner: Iterable[Any], index: int, count: int) -> None:
+        self.inner, self.index, self.count = inner, index, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.inner, self.index, None, self.count)
+
+
+def share_of(dataset: Any, index: int, count: int) -> Dataset[Any]:
+    """The samples that process `index` of `count` judges. Every sample is judged once, so shares may differ in size:
+    Trainer's own loader would repeat some until all are equal.
+    """
+    if isinstance(dataset, IterableDataset):
+        return StreamShare(dataset, index, count)
+    return Subset(dataset, range(index, len(dataset), count))
 
 
 def after_the_boundary(batch: Mapping[str, Tensor], boundary: Tensor) -> dict[str, Tensor]:

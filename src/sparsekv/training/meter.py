@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Heard = tuple[dict[str, float], dict[str, float], int]
+"""Sums, counts and tokens of one process."""
 
 
 class Meter:
@@ -30,12 +34,27 @@ class Meter:
         """Tokens that went through the student's forward."""
         self._tokens += count
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call, and tokens_per_s of this process; then everything starts anew."""
+    def read(self, gather: Callable[[list[Any]], list[Heard]] | None = None) -> dict[str, float]:
+        """Means since the last call, and tokens_per_s; then everything starts anew.
+
+        Parameters
+        ----------
+        gather : joins the lists of all processes, which all have to call this; None: of this process alone
+        """
         now = time.perf_counter()
-        found = {name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
-        if self._tokens:
-            found["tokens_per_s"] = self._tokens / max(now - self._since, 1e-9)
+        heard: list[Heard] = [(dict(self._sums), dict(self._counts), self._tokens)]
+        if gather is not None:
+            heard = gather(heard)
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        for own_sums, own_counts, _ in heard:
+            for name, value in own_sums.items():
+                sums[name] += value
+                counts[name] += own_counts[name]
+        found = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+        tokens = sum(count for _, _, count in heard)
+        if tokens:
+            found["tokens_per_s"] = tokens / max(now - self._since, 1e-9)
         self._sums.clear()
         self._counts.clear()
         self._tokens, self._since = 0, now

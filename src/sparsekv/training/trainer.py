@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from sparsekv.attention import prepare
@@ -46,7 +48,7 @@ from sparsekv.training.dropping import (
     seed_of,
 )
 from sparsekv.training.given import check_drops, prepare_arguments, relevance_press, sparsity_weight
-from sparsekv.training.held_out import Baseline, held_out_perplexity
+from sparsekv.training.held_out import Baseline, held_out_perplexity, share_of
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
 from sparsekv.training.objective import Objective
@@ -340,6 +342,14 @@ class SparseKVTrainer(ResumableTrainer):
 
     # ---- held-out perplexity ------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's; with several processes, each gets a share of its own of the samples (`share_of`)."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size == 1 or dataset is None or isinstance(dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        share = share_of(dataset, self.args.process_index, self.args.world_size)
+        return DataLoader(share, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -371,7 +381,9 @@ class SparseKVTrainer(ResumableTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds CE, KL, requested and achieved compression, retained attention and tokens/s to Trainer's logs."""
+        """Adds CE, KL, requested and achieved compression, retained attention and tokens/s to Trainer's logs: those of
+        all processes, which all log a loss at the same step.
+        """
         if "loss" in logs:
-            logs = {**logs, **self.meter.read()}
+            logs = {**logs, **self.meter.read(gather_object if self.args.world_size > 1 else None)}
         super().log(logs, start_time)
