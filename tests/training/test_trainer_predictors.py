@@ -97,15 +97,20 @@ def test_a_soft_press_on_relevance_trains_the_predictors(frozen, tmp_path):
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(predictors_of(trainer), before, strict=True))
 
 
+SHARED = {"relaxation": Relaxation(n_sink=1, n_recent=3)}
+
+
 @pytest.mark.parametrize(
-    ("press", "wanted"),
+    ("press", "given", "wanted"),
     [
-        ({"compression_ratio": 0.5, "n_sink": 2, "n_recent": 5}, Served(2, 5, 0.0)),
-        ({"threshold": -0.5, "n_sink": 3}, Served(3, 64, -0.5)),
+        ({"compression_ratio": 0.5, "n_sink": 2, "n_recent": 5}, {}, Served(2, 5, 0.0)),
+        ({"threshold": -0.5, "n_sink": 3}, {}, Served(3, 64, -0.5)),
+        ({"n_sink": 2, "n_recent": 5}, {**SHARED, "press_share": 1}, Served(2, 5, 0.0)),
+        ({"n_sink": 2, "n_recent": 5}, {**SHARED, "press_share": 0.5}, Served(1, 3, 0.0)),
     ],
 )
-def test_predictors_are_served_as_their_press_trained_them(press, wanted, tmp_path):
-    trainer = trainer_for(tmp_path, press=SoftThresholdPress(on="relevance", **press))
+def test_predictors_are_served_as_they_were_trained(press, given, wanted, tmp_path):
+    trainer = trainer_for(tmp_path, press=SoftThresholdPress(on="relevance", **press), **given)
     assert served_of(trainer.model) == Served() != wanted
     trainer.save_weights(tmp_path / "final")
     trainer.save_model(str(tmp_path / "saved"))

@@ -51,7 +51,7 @@ class ResumableTrainer(Trainer):
     Attributes
     ----------
     curriculum, quantiles, relaxation : whose state is saved
-    policy : Policy or None
+    policy, press_share : Policy or None, float
         The press's.
     config : TrainConfig or None
         Written into checkpoints, and compared when one is resumed.
@@ -64,6 +64,7 @@ class ResumableTrainer(Trainer):
     quantiles: ScoreQuantiles
     relaxation: Relaxation | None
     policy: Policy | None
+    press_share: float
     config: TrainConfig | None
     n_checkpoints: int | None
 
@@ -169,11 +170,11 @@ class ResumableTrainer(Trainer):
 
     def say_how_to_serve(self) -> None:
         """Tell the predictors what they were trained with, so that their file says it: the relaxation's sizes, or those
-        of the press where it alone trained them.
+        of the press where it alone has steps.
         """
         if not has_relevance(self.model):
             return
-        if self.relaxation is None:
+        if self.relaxation is None or self.press_share == 1:
             press = relevance_press(self.policy)
             if press is not None:
                 serve_as(self.model, served_after(press))
