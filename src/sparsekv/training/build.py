@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -25,8 +24,7 @@ from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
 from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints, step_of
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.data import make_dataset
-from sparsekv.training.data_spec import DataConfig
+from sparsekv.training.data_split import split_data
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
@@ -216,30 +214,6 @@ def press_of(config: TrainConfig) -> Any:
         policy = policy_of(make_policy(config.method.name, **config.method.args))
         return PolicyPress(policy, 0.0, scope=config.method.budget_scope)
     return None
-
-
-def split_data(
-    data: DataConfig, eval_data: DataConfig | None, held_out: int, seed: int, tokenizer: Any
-) -> tuple[Any, Any]:
-    """(training data, held-out data or None): those of `eval_data`, or the last `held_out` samples of `data`.
-
-    Raises
-    ------
-    ConfigError
-        If samples are to be set aside of a stream, or of too few.
-    """
-    train = make_dataset(data, tokenizer, seed)
-    if eval_data is not None:
-        return train, make_dataset(eval_data, tokenizer, seed + 1)
-    if held_out:
-        if isinstance(train, IterableDataset):
-            raise ConfigError("held_out sets samples aside, which a stream can't; give eval_data instead")
-        size = len(train)
-        if size <= held_out:
-            raise ConfigError(f"held_out {held_out} leaves nothing of the data's {size} samples to train on")
-        kept = range(size - held_out)
-        return Subset(train, kept), Subset(train, range(size - held_out, size))
-    return train, None
 
 
 def _checked_adapter(given: str) -> Path:

@@ -48,7 +48,8 @@ class TrainConfig(Strict):
     output_dir : where checkpoints and the result go; the same command again resumes
     data : what is trained on
     eval_data : held-out data, for perplexity under eviction
-    held_out : instead of eval_data: so many samples of `data` are set aside and never trained on
+    held_out : instead of eval_data: so many samples of `data` are set aside and never trained on; self-supervised ones
+        are made of the last tenth of the text (about four contexts at least), which no other sample is made of
     press : a training press that drops entries
     method : a method of `sparsekv ls methods` that does, instead of a press
     relevance : predictors of relevance, trained along; they drop entries in the steps that no press or method takes

@@ -89,16 +89,24 @@ class QaDataset(SampleDataset):
         return dict(self._samples[index])
 
 
+def all_documents(config: DataConfig) -> list[str]:
+    """The documents of a "selfsup" configuration; a ConfigError says why there is none."""
+    refused = Refusals()
+    texts = list(documents(config, refused))
+    if not texts:
+        raise refused.error(config)
+    return texts
+
+
 class SelfSupervisedDataset(SampleDataset):
     """Questions made from texts (`training.selfsup`). `sample` takes any number from 0; `len` is what one
-    epoch draws."""
+    epoch draws. `texts`: those to read instead of the config's."""
 
-    def __init__(self, config: DataConfig, layout: Layout, seed: int) -> None:
-        refused = Refusals()
-        texts = list(documents(config, refused))
-        if not texts:
-            raise refused.error(config)
-        self.generator: SelfSupervision = from_config(texts, layout, config, seed)
+    def __init__(
+        self, config: DataConfig, layout: Layout, seed: int, texts: Sequence[str] | None = None
+    ) -> None:
+        read = all_documents(config) if texts is None else texts
+        self.generator: SelfSupervision = from_config(read, layout, config, seed)
         self._length = config.n_samples or DEFAULT_SAMPLES
 
     def __len__(self) -> int:
@@ -210,6 +218,11 @@ def _groups(texts: Iterator[str], characters: int) -> Iterator[list[str]]:
         yield group
 
 
+def part_seed(seed: int, number: int) -> int:
+    """The seed of part `number` of a mix."""
+    return row_rng(seed, "part", number).getrandbits(31)
+
+
 def make_dataset(spec: DataConfig, tokenizer: Any, seed: int = 0) -> SampleDataset | StreamedDataset:
     """The data set that a configuration describes.
 
@@ -234,7 +247,7 @@ def make_dataset(spec: DataConfig, tokenizer: Any, seed: int = 0) -> SampleDatas
     if spec.kind == "mix":
         parts = []
         for number, part in enumerate(spec.mix):
-            made = make_dataset(part, tokenizer, row_rng(seed, "part", number).getrandbits(31))
+            made = make_dataset(part, tokenizer, part_seed(seed, number))
             if isinstance(made, StreamedDataset):
                 raise ConfigError("mix: a streamed data set has no length and can't be mixed")
             parts.append(made)

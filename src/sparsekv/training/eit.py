@@ -42,7 +42,7 @@ class EITConfig:
     data : DataConfig or its settings as a dict, optional
         By default questions made from the packaged book.
     held_out : int
-        Samples set aside for "adaptive"; others need none.
+        Samples set aside for "adaptive", of text that is never trained on; others need none.
     settings : dict, optional
         Further keys of TrainConfig, on top of all this. With an `adapter` among them, lora_r and lora_alpha are its
         own.

@@ -12,7 +12,8 @@ from sparsekv.errors import ConfigError
 from sparsekv.models import load_model
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
-from sparsekv.training.build import run_training, split_data
+from sparsekv.training.build import run_training
+from sparsekv.training.data_split import split_data
 from sparsekv.training.fit_config import TRAINING, FitConfig
 from sparsekv.training.fit_output import save_fitted
 from sparsekv.training.fit_regression import Progress, SampleReader, fit_regression, latest_checkpoint
@@ -59,7 +60,9 @@ def run_fit(
     )
     with_predictors(model, features, start, seed=config.seed)
     reader = SampleReader(model, tokenizer, config, features)
-    data, held_out = split_data(config.data, config.judged_data(), config.held_out, config.seed, tokenizer)
+    data, held_out = split_data(
+        config.data, config.judged_data(), config.held_out, config.seed, tokenizer, same_text=trained is None
+    )
     if trained is None:
         fit_regression(reader, data, checkpoint=checkpoint, progress=progress)
     report = judge(reader, samples_of(held_out, config.held_out), progress=progress)
