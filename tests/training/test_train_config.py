@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
 from sparsekv.training.config import TrainConfig, load_train_config
+from sparsekv.training.config_parts import RelevanceOptions
 from sparsekv.training.curricula import AdaptiveCurriculum, LinearCurriculum
 from sparsekv.training.eit import EITConfig
 
@@ -363,6 +366,30 @@ def test_the_headers_arithmetic_starts_from_the_right_counts(path: Path) -> None
     assert f"{adapter:,} of LoRA" in text
     assert f"{parameters * 2 / 1e9:.2f} GB" in text  # bf16
     assert f"{adapter * 16 / 1e9:.2f} GB" in text  # fp32 weights, gradients and two moments
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_headers_sums_are_right(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if re.fullmatch(r"#   .* \d+\.\d\d GB", line)]
+    sizes = [float(line.split()[-2]) for line in lines]
+    assert "together" in lines[-1] and len(sizes) > 4
+    assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.011)
+    for line, size in zip(lines, sizes, strict=True):
+        shape = re.search(r": ((?:\d+ x )+\d+)(?: bytes)?(, twice)? +\d", line)
+        if "mask" in line or "soft attention" in line:
+            assert shape is not None, line
+            factors = math.prod(int(factor) for factor in shape.group(1).split(" x "))
+            layers = re.search(r"(\d+) layers", line)
+            total = factors * (2 if shape.group(2) else 1) * (int(layers.group(1)) if layers else 1)
+            assert size == pytest.approx(total / 1e9, abs=0.006), line
+
+
+def test_docs_name_every_key_and_config() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    for key in [*TrainConfig.model_fields, *RelevanceOptions.model_fields]:
+        assert f"`{key}`" in text, key
+    for path in CONFIGS:
+        assert f"`{path.name}`" in text, path.name
 
 
 def test_overrides_and_no_torch(tmp_path: Path) -> None:
