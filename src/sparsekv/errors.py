@@ -45,3 +45,9 @@ def unknown(field: str, value: object, allowed: Iterable[str]) -> ConfigError:
     guess = nearest(value, names)
     hint = f" (did you mean '{guess}'?)" if guess is not None else ""
     return ConfigError(f"unknown {field} '{value}'{hint}; allowed: {', '.join(names) or 'none'}")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of another library's error as one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

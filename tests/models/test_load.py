@@ -12,10 +12,10 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, one_line
 from sparsekv.models import MODELS, load_model, load_tokenizer, locate
 from sparsekv.models.fetch import fetch_embedded
-from sparsekv.models.load import add_adapter, load_config, one_line
+from sparsekv.models.load import add_adapter, load_config
 from sparsekv.models.locate import cached_folder, locate_model, locate_on_hub
 
 from .tiny import tiny_llama

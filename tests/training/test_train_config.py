@@ -60,6 +60,21 @@ def test_defaults_and_shorthands() -> None:
     assert config(press={"name": "block_dropout", "args": {"protect_start": 3, "recent": 40}}).protected == 43
 
 
+def test_every_spelling_that_presses_and_anchors_take_is_known() -> None:
+    """The config looks for sizes and ratios under the names that those who make the press look for."""
+    from sparsekv.policies.training_presses import ALIASES
+
+    for name, ours in ALIASES.items():
+        press = {"name": "block_dropout", "args": {name: 0.5 if ours == "compression_ratio" else 7}}
+        if ours == "compression_ratio":
+            with pytest.raises(ConfigError, match=f"has {name}; the curriculum sets the ratio"):
+                config(press=press)
+        else:
+            assert config(press=press).protected == 7
+    for names in ({"sink_size": 8, "recent_size": 16}, {"n_sink": 8, "n_recent": 16}):
+        assert config(press=None, method={"name": "dynamic_anchors", "args": names}).protected == 24
+
+
 def test_soft_thresholds_on_relevance_train_predictors_in_every_step() -> None:
     soft = {"name": "soft_threshold", "args": {"on": "relevance", "threshold": 0.0}}
     changes = {"press": soft, "relevance": {"enabled": True}, "train_model": "frozen"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekv.architecture import check_supported
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, one_line
 from sparsekv.models.locate import ADAPTER_CONFIG, ModelSource, locate_model
 from sparsekv.models.placement import resolve_device, resolve_dtype
 from sparsekv.relevance import RELEVANCE_FILE, load_relevance
@@ -161,12 +161,6 @@ def add_adapter(
                 f"{misfit}: it {problem} {len(keys)} modules that do not match, first {sorted(keys)[0]!r}"
             )
     return wrapped.merge_and_unload(safe_merge=True) if merge else wrapped
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of another library's error as one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _load_config(name: str, source: ModelSource, trust_remote_code: bool) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sparsekv.policies.method_info import MethodInfo
 from sparsekv.policies.own_methods import OwnMethod
+from sparsekv.policies.spellings import OF_ANCHORS, PROTECTED
 
-_PROTECTED = (("protect_start", "n_sink"), ("protect_recent", "n_recent"), ("recent", "n_recent"))
-"""Spellings of the entries that always stay, as training presses take them too."""
+_PROTECTED = tuple(PROTECTED.items())
 
 OWN: tuple[OwnMethod, ...] = (
     OwnMethod(
@@ -85,7 +85,7 @@ OWN: tuple[OwnMethod, ...] = (
         ),
         "anchors:Anchors",
         nested="config=anchors:AnchorConfig",
-        spellings=(("n_sink", "sink_size"), ("n_recent", "recent_size")),
+        spellings=tuple(OF_ANCHORS.items()),
     ),
     OwnMethod(
         MethodInfo(
@@ -97,7 +97,7 @@ OWN: tuple[OwnMethod, ...] = (
         ),
         "anchors:DynamicAnchors",
         nested="config=anchors:PlaceAnchorConfig",
-        spellings=(("n_sink", "sink_size"), ("n_recent", "recent_size")),
+        spellings=tuple(OF_ANCHORS.items()),
     ),
     OwnMethod(
         MethodInfo(

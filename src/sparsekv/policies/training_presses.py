@@ -32,18 +32,13 @@ from sparsekv.policies.sentences import SentenceDropout
 from sparsekv.policies.sizes import refuse_budget
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.sparsity import Sparsity, SparsityKind
+from sparsekv.policies.spellings import PROTECTED, RATIOS
 from sparsekv.registry import Registry
 
 PRESSES: Registry[type[PolicyPress]] = Registry("press")
 """The training presses by the name that configs give them."""
 
-ALIASES: dict[str, str] = {
-    "drop_ratio": "compression_ratio",
-    "keep_ratio": "compression_ratio",
-    "protect_start": "n_sink",
-    "protect_recent": "n_recent",
-    "recent": "n_recent",
-}
+ALIASES: dict[str, str] = {**RATIOS, **PROTECTED}
 """Other spellings of what presses take, with ours."""
 
 

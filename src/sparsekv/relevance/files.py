@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsekv import architecture
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, one_line
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.predictor import (
     NAME,
@@ -89,7 +89,7 @@ def _read(path: Path) -> tuple[RelevanceConfig, Served, dict[str, Any], dict[str
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"relevance file '{path}' cannot be read: {_one_line(error)}") from error
+        raise ConfigError(f"relevance file '{path}' cannot be read: {one_line(error)}") from error
     if "relevance" not in metadata or "model" not in metadata:
         raise ConfigError(f"relevance file '{path}' does not say its model; it was not written by sparsekv")
     try:
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[RelevanceConfig, Served, dict[str, Any], dict[str
         model = dict(json.loads(metadata["model"]))
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(
-            f"relevance file '{path}': its metadata cannot be read: {_one_line(error)}"
+            f"relevance file '{path}': its metadata cannot be read: {one_line(error)}"
         ) from error
     return config, served, model, tensors
 
@@ -124,10 +124,6 @@ def _check_tensors(path: Path, model: Any, config: RelevanceConfig, tensors: dic
         else:
             continue
         raise ConfigError(f"relevance file '{path}' {problem}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _shape(model: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sparsekv.config import Strict
 from sparsekv.errors import ConfigError, nearest, unknown
+from sparsekv.policies.spellings import names_of
 from sparsekv.training.curricula import Curriculum, make_curriculum
 
 FEATURES = ("hidden", "attention", "handcrafted")
@@ -22,10 +23,7 @@ TrainModel = Literal["lora", "full", "frozen"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_RATIOS = ("compression_ratio", "drop_ratio", "keep_ratio", "base_drop_ratio", "tokens", "budget_tokens")
-_SINKS = ("n_sink", "protect_start", "sink_size", "sink_tokens")
-_RECENT = ("n_recent", "protect_recent", "recent", "recent_size", "recent_tokens")
-
+_BUDGETS = (*names_of("compression_ratio"), "tokens")
 
 _SOFT = "soft_threshold"
 
@@ -38,11 +36,11 @@ def named(value: Any) -> Any:
 def protected_tokens(args: dict[str, Any]) -> int:
     """Entries that the args of a press or method always keep: first and last ones, as far as they say."""
 
-    def size(names: Iterable[str]) -> int:
-        given = [args[name] for name in names if isinstance(args.get(name), int)]
+    def size(parameter: str) -> int:
+        given = [args[name] for name in names_of(parameter) if isinstance(args.get(name), int)]
         return given[0] if given else 0
 
-    return size(_SINKS) + size(_RECENT)
+    return size("n_sink") + size("n_recent")
 
 
 class Named(Strict):
@@ -55,7 +53,7 @@ class Named(Strict):
 class _Dropping(Named):
     @model_validator(mode="after")
     def _ratio_is_the_curriculums(self) -> _Dropping:
-        for key in _RATIOS:
+        for key in _BUDGETS:
             if key in self.args:
                 raise ValueError(
                     f"args of '{self.name}' has {key}; the curriculum sets the ratio at every step "

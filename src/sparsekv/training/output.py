@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekv.config import parse_config
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, one_line
 from sparsekv.files import write_atomically
 from sparsekv.models import public_name
 from sparsekv.training.card import write_card
@@ -222,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
