@@ -132,8 +132,28 @@ def test_selections_of_all_kinds_lie_together():
         assert torch.equal(joint.kept_columns()[row : row + 1], kept)
 
 
+def test_a_policy_that_runs_the_model_chooses_beside_the_prefill():
+    """KVzip reads the context again by itself; what it chooses is cut out of the shared prefill's cache."""
+    model, tokenizer, ids = prepare(tiny_model("llama")), toy_tokenizer(), some_ids()
+    policy = make_policy("kvzip")
+    requests = [Request(r, policy, Budget(r)) for r in (0.0, 0.4, 0.8)] + [
+        Request("k", make_policy("knorm"), Budget(0.4))
+    ]
+    read = prefill(model, ids, requests, tokenizer=tokenizer)
+    for ratio in (0.0, 0.4, 0.8):
+        alone = compress(model, ids, policy, ratio, tokenizer=tokenizer)
+        forked = read.cache.fork([read.selections[ratio]])
+        assert torch.equal(forked.kept_columns(), alone.kept_columns())
+        assert alone.achieved_compression[0] == pytest.approx(ratio, abs=0.02)
+        for (_, found), (_, wanted) in zip(forked.sparse_layers(), alone.sparse_layers(), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found.columns(), wanted.columns(), strict=True))
+            torch.testing.assert_close(found.store.keys, wanted.store.keys)
+    assert not torch.equal(read.selections[0.4].evicted_at, read.selections["k"].evicted_at)
+    assert read.select_s[0.4] > 0
+
+
 def test_what_needs_a_prefill_of_its_own_is_refused():
-    for name in ("kvzip", "sliding_window", "think"):
+    for name in ("sliding_window", "think"):
         with pytest.raises(ConfigError, match=f"'{name}' needs a prefill of its own"):
             Request(name, make_policy(name), Budget(0.5))
     model = prepare(tiny_model("llama"))

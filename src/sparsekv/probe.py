@@ -21,7 +21,7 @@ from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
 from sparsekv.eviction import keeps_everything, row_contexts
-from sparsekv.policies.base import LayerPolicy, Policy, TokenContext, TokenPolicy, keep_top
+from sparsekv.policies.base import LayerPolicy, ModelPolicy, Policy, TokenContext, TokenPolicy, keep_top
 from sparsekv.policies.budget import Budget
 from sparsekv.selection import Selection
 
@@ -69,7 +69,7 @@ def run_decoder(
 class Request:
     """One method at one budget; `key` names it in the result.
 
-    Raises ConfigError for policies that need a prefill of their own.
+    Raises ConfigError for policies that change the prefill. Those that run the model to choose (KVzip) do so beside it.
     """
 
     key: Hashable
@@ -77,7 +77,10 @@ class Request:
     budget: Budget
 
     def __post_init__(self) -> None:
-        if self.policy.own_prefill or not isinstance(self.policy, (TokenPolicy, LayerPolicy)):
+        evicts_afterwards = (
+            isinstance(self.policy, (TokenPolicy, LayerPolicy)) and not self.policy.own_prefill
+        )
+        if not (evicts_afterwards or isinstance(self.policy, ModelPolicy)):
             raise ConfigError(f"method {self.policy.name!r} needs a prefill of its own; use compress")
         if isinstance(self.policy, LayerPolicy):
             self.policy.check_scope(self.budget)
@@ -163,6 +166,9 @@ def prefill(
         begin = time.perf_counter()
         if isinstance(request.policy, TokenPolicy):
             selections[request.key] = request.policy.select(context, request.budget).to("cpu")
+        elif isinstance(request.policy, ModelPolicy):
+            chosen = request.policy.keep_model(model, input_ids, request.budget, tokenizer)
+            selections[request.key] = Selection.from_kept(chosen.cpu())
         else:
             if request.key in scores and isinstance(request.policy, LayerPolicy):
                 chosen = request.policy.keep_layers(torch.stack(scores[request.key], dim=1), request.budget)

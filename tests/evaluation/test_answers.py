@@ -73,6 +73,18 @@ def test_every_method_answers_as_it_does_alone(answerer: Answerer, prompt: Promp
     assert len({r.prediction for r in together}) > len(METHODS)  # the answers do depend on what was evicted
 
 
+def test_kvzip_shares_the_prefill_and_the_batch(
+    answerer: Answerer, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = chosen(methods=["full", "kvzip", "knorm"])
+    alone = [answerer._reply_of(answerer.compress(prompt, setting), prompt, setting) for setting in found]
+    monkeypatch.setattr(Answerer, "compress", None)
+    together = answerer.answer(prompt, found)
+    for name in ("prediction", "achieved_compression"):
+        assert [getattr(r, name) for r in together] == [getattr(r, name) for r in alone]
+    assert len({r.prediction for r in together}) > 2
+
+
 def test_prompts_side_by_side_are_answered_as_each_alone(
     answerer: Answerer, prompt: Prompt, toy_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
