@@ -72,7 +72,7 @@ def test_the_experiment_end_to_end(
     for row in results:
         label = labels[row["cell_id"]]
         assert row["prefill_s"] > 0 and row["question_s"] > 0 and row["decode_tokens_per_s"] > 0
-        assert 0 < row["throughput_tokens_per_s"] < row["decode_tokens_per_s"]
+        assert row["throughput_tokens_per_s"] > 0
         assert row["cache_bytes"] == row["active_bytes"] + row["passive_bytes"]
         expected = {"full": 0.0, "rocket_kv": 1 - 5 ** -first_stage_exponent(5)}.get(label, 0.8)
         assert row["achieved_compression"] == pytest.approx(expected, abs=0.005)
@@ -80,6 +80,10 @@ def test_the_experiment_end_to_end(
             (True, "cpu") if label == "atskv_tiered" else (False, None)
         )
         assert (row["attended_fraction"] < 1) is (label in ("rocket_kv", "atskv_tiered"))
+    for row in lines(out / "costs.jsonl"):
+        reading = row["prefill_s"] + (row["select_s"] or 0) + (row["question_s"] or 0)
+        answering = reading + 2 / row["decode_tokens_per_s"]  # the question gives the first of 3 tokens
+        assert row["throughput_tokens_per_s"] == pytest.approx(3 / answering)
     by_label = {(labels[row["cell_id"]], row["context_length"]): row for row in results}
     for size in (700, 1400):  # the second tier holds what the first one lost
         lone, two = by_label["atskv", size], by_label["atskv_tiered", size]
