@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import sparsekv
 from sparsekv import BlockDropoutPress
@@ -33,41 +33,7 @@ from sparsekv.training.dropping import resolve_boundaries, row_seeds
 from sparsekv.training.relaxation import Relaxation
 from toy import save_toy_model, tiny_model, toy_tokenizer
 from training.ddp_worker import samples
-
-LORA = LoraOptions(r=2, alpha=4)
-
-
-def arguments(folder: Any, **changes: Any) -> TrainingArguments:
-    given = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **changes,
-    }
-    return TrainingArguments(**given)
-
-
-def trainer_for(folder: Any, changes: dict[str, Any] | None = None, **given: Any) -> SparseKVTrainer:
-    defaults = {
-        "model": tiny_model("llama", num_hidden_layers=2),
-        "args": arguments(folder, **(changes or {})),
-        "lora": LORA,
-        "train_dataset": samples(),
-        "tokenizer": toy_tokenizer(),
-    }
-    return SparseKVTrainer(**{**defaults, **given})
-
-
-def first_batch(trainer: SparseKVTrainer) -> dict[str, torch.Tensor]:
-    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    return batches[0]
+from training.toy_trainer import LORA, arguments, first_step, trainer_for
 
 
 def test_the_snippet_of_the_readme(tmp_path):
@@ -93,7 +59,7 @@ def test_the_snippet_of_the_readme(tmp_path):
     assert trainer.model.peft_config["default"].lora_alpha == 128
 
     # what a ratio of 0.5 hides of every text: half of its context, but never sinks and the last 64
-    batch = first_batch(trainer)
+    batch, _ = first_step(trainer)
     plan = trainer.plan(batch, trainer.policy, 0.5)
     at, total = plan.selection.evicted_at, batch["input_ids"].shape[1]
     seen = set()
@@ -141,7 +107,7 @@ def test_the_other_snippet_of_the_readme(tmp_path):
     )
     assert all(0.05 < row["achieved_compression"] < 0.4 and row["kl"] > 0 for row in rows)
     # the anchors of a row stay: sinks, the newest, and punctuation as far as the budget goes
-    batch = first_batch(trainer)
+    batch, _ = first_step(trainer)
     kept = trainer.plan(batch, trainer.policy, 0.7).selection.evicted_at == NEVER
     boundary = int(batch["boundary"][0])
     assert kept[0, ..., :8].all() and kept[0, ..., boundary - 16 : boundary].all()
@@ -299,7 +265,7 @@ def test_a_press_brings_its_own_ratio_or_tokens(tmp_path):
     trainer = trainer_for(tmp_path, press=ratio)
     assert trainer.curriculum.ratio(0, 10) == pytest.approx(0.4)
     tokens = trainer_for(tmp_path, press=BlockDropoutPress(block_size=4, tokens=6, n_sink=1, recent=3))
-    batch = first_batch(tokens)
+    batch, _ = first_step(tokens)
     kept = tokens.plan(batch, tokens.policy, 0.0).selection.evicted_at
     for row, boundary in enumerate(batch["boundary"].tolist()):
         start = batch["input_ids"].shape[1] - int(batch["attention_mask"][row].sum())

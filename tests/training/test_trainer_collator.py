@@ -6,30 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq
 
 from sparsekv import BlockDropoutPress
 from sparsekv.errors import ConfigError
-from sparsekv.training import Collator, SparseKVTrainer
-from sparsekv.training.config_parts import LoraOptions
-from toy import tiny_model, toy_tokenizer
-from training.ddp_worker import samples
+from sparsekv.training import Collator
+from toy import toy_tokenizer
+from training.toy_trainer import first_step, trainer_for
 
 
 def first_batch(folder: Any, collator: Any) -> dict[str, torch.Tensor]:
-    trainer = SparseKVTrainer(
-        tiny_model("llama", num_hidden_layers=1),
-        TrainingArguments(
-            str(folder), per_device_train_batch_size=4, max_steps=2, report_to="none", use_cpu=True
-        ),
-        press=BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3),
-        lora=LoraOptions(r=2, alpha=4),
-        train_dataset=samples(),
-        tokenizer=toy_tokenizer(),
-        data_collator=collator,
-    )
-    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    return batches[0]
+    press = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
+    return first_step(trainer_for(folder, press=press, data_collator=collator))[0]
 
 
 def test_transformers_own_collator_makes_the_same_batch(tmp_path):

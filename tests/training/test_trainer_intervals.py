@@ -5,37 +5,19 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from transformers import TrainingArguments
-
 from sparsekv import BlockDropoutPress
 from sparsekv.training import SparseKVTrainer
-from sparsekv.training.config_parts import LoraOptions
-from toy import tiny_model, toy_tokenizer
 from training.ddp_worker import samples
+from training.toy_trainer import trainer_for
 
 
-def trainer_for(folder: Any, every: int) -> SparseKVTrainer:
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=7,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        logging_steps=every,
-        save_steps=every,
-        eval_strategy="steps",
-        eval_steps=every,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return SparseKVTrainer(
-        tiny_model("llama", num_hidden_layers=1),
-        arguments,
+def every(steps: int, folder: Any) -> SparseKVTrainer:
+    intervals = {"logging_steps": steps, "save_steps": steps, "eval_steps": steps}
+    return trainer_for(
+        folder,
+        {**intervals, "max_steps": 7, "save_strategy": "steps", "eval_strategy": "steps"},
         press=BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3),
-        lora=LoraOptions(r=2, alpha=4),
-        train_dataset=samples(),
         eval_dataset=samples(2),
-        tokenizer=toy_tokenizer(),
     )
 
 
@@ -44,12 +26,12 @@ def steps_of(trainer: SparseKVTrainer, key: str) -> list[int]:
 
 
 def test_intervals_may_change_when_a_run_goes_on(tmp_path):
-    first = trainer_for(tmp_path, 3)
+    first = every(3, tmp_path)
     first.train()
     assert steps_of(first, "loss") == [3, 6, 7]
     for step in (6, 7):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    again = trainer_for(tmp_path, 2)
+    again = every(2, tmp_path)
     again.train(resume_from_checkpoint=True)
     assert steps_of(again, "loss") == [3, 4, 6, 7]
     assert steps_of(again, "eval_loss") == [3, 4, 6]

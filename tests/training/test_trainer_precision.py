@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import sparsekv
-from sparsekv.training import EITObjective, FixedCurriculum, SparseKVTrainer
-from sparsekv.training.config_parts import LoraOptions
-from toy import tiny_model, toy_tokenizer
+from sparsekv.training import EITObjective, FixedCurriculum
+from toy import tiny_model
 from training.ddp_worker import samples
+from training.toy_trainer import LORA, trainer_for
 
 
 class Dtypes(TrainerCallback):
@@ -25,33 +25,18 @@ class Dtypes(TrainerCallback):
                 module.register_forward_hook(lambda _m, _x, out: self.seen.add(out.dtype))
 
 
-@pytest.mark.parametrize("lora", [LoraOptions(r=2, alpha=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_a_student_that_misses_nothing_is_its_teacher_in_bf16(lora, tmp_path):
     model = tiny_model("llama", num_hidden_layers=2)
     dtypes = Dtypes(model)
-    trainer = SparseKVTrainer(
-        model,
-        TrainingArguments(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            learning_rate=0.01,
-            logging_steps=1,
-            save_strategy="no",
-            eval_strategy="steps",
-            eval_steps=5,
-            eval_on_start=True,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=True,
-        ),
+    trainer = trainer_for(
+        tmp_path,
+        {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True, "bf16": True},
+        model=model,
         press=sparsekv.FullPress(),
         curriculum=FixedCurriculum(0.0),
         objective=EITObjective(lambda_kl=0.5),
         lora=lora,
-        tokenizer=toy_tokenizer(),
-        train_dataset=samples(),
         eval_dataset=samples(5),
     )
     before = trainer.evaluate()

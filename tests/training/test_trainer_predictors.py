@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 import sparsekv
 from sparsekv import BlockDropoutPress, SoftThresholdPress
@@ -15,32 +14,9 @@ from sparsekv.models import load_model
 from sparsekv.relevance import has_relevance, relevance_modules
 from sparsekv.relevance.predictor import Served, served_of
 from sparsekv.training import EITObjective, FixedCurriculum, SparseKVTrainer
-from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.relaxation import Relaxation, RelaxedRelevance
 from toy import tiny_model, toy_tokenizer
-from training.ddp_worker import samples
-
-
-def trainer_for(folder: Any, **given: Any) -> SparseKVTrainer:
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=0.01,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    defaults = {
-        "model": tiny_model("llama", num_hidden_layers=2),
-        "args": arguments,
-        "lora": LoraOptions(r=2, alpha=4),
-        "train_dataset": samples(),
-        "tokenizer": toy_tokenizer(),
-    }
-    return SparseKVTrainer(**{**defaults, **given})
+from training.toy_trainer import trainer_for
 
 
 def predictors_of(trainer: SparseKVTrainer) -> list[torch.Tensor]:
