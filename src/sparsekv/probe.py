@@ -65,11 +65,21 @@ def run_decoder(
     return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments).last_hidden_state
 
 
+def evicts_after_prefill(policy: Policy) -> bool:
+    """Whether a policy evicts from what an ordinary prefill left, so that one prefill serves many such policies.
+
+    True also of those that run the model to choose (KVzip): they do so beside that prefill.
+    """
+    if isinstance(policy, ModelPolicy):
+        return True
+    return isinstance(policy, (TokenPolicy, LayerPolicy)) and not policy.own_prefill
+
+
 @dataclass(frozen=True)
 class Request:
     """One method at one budget; `key` names it in the result.
 
-    Raises ConfigError for policies that change the prefill. Those that run the model to choose (KVzip) do so beside it.
+    Raises ConfigError for policies that don't evict after an ordinary prefill.
     """
 
     key: Hashable
@@ -77,10 +87,7 @@ class Request:
     budget: Budget
 
     def __post_init__(self) -> None:
-        evicts_afterwards = (
-            isinstance(self.policy, (TokenPolicy, LayerPolicy)) and not self.policy.own_prefill
-        )
-        if not (evicts_afterwards or isinstance(self.policy, ModelPolicy)):
+        if not evicts_after_prefill(self.policy):
             raise ConfigError(f"method {self.policy.name!r} needs a prefill of its own; use compress")
         if isinstance(self.policy, LayerPolicy):
             self.policy.check_scope(self.budget)

@@ -25,8 +25,8 @@ from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.reply import Reply
 from sparsekv.evaluation.tier import attended, close_tier, passive_bytes
 from sparsekv.generation import Asked, compress, decode_together
-from sparsekv.policies.base import ModelPolicy, NativePolicy, Policy
-from sparsekv.probe import Prefilled, Request, prefill
+from sparsekv.policies.base import NativePolicy, Policy
+from sparsekv.probe import Prefilled, Request, evicts_after_prefill, prefill
 from sparsekv.selection import SelectionTrace
 
 BATCH_BYTES = 2 * 2**30
@@ -73,13 +73,9 @@ class Answerer:
         return self._policies[key]
 
     def shares_prefill(self, setting: Setting) -> bool:
-        """Whether eviction after an ordinary prefill, which then serves all such settings, is all there is to it.
-
-        A policy that runs the model to choose does so beside that prefill, for each of its budgets.
-        """
+        """Whether eviction after an ordinary prefill, which then serves all such settings, is all there is to it."""
         policy = self.policy(setting)
-        changes_prefill = policy.own_prefill and not isinstance(policy, ModelPolicy)
-        alone = changes_prefill or policy.rerotate or policy.by_step
+        alone = not evicts_after_prefill(policy) or policy.rerotate or policy.by_step
         return not alone and setting.phase == "prefill" and setting.chunk is None and setting.tier is None
 
     def answer(self, prompt: Prompt, settings: Sequence[Setting]) -> list[Reply]:
