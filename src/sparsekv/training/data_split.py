@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from sparsekv.benchmarks.base import row_rng
 from sparsekv.errors import ConfigError
@@ -18,7 +18,6 @@ from sparsekv.training.data import (
     MixedDataset,
     SampleDataset,
     SelfSupervisedDataset,
-    StreamedDataset,
     all_documents,
     make_dataset,
     part_seed,
@@ -60,7 +59,7 @@ def split_data(
     if data.streaming:
         raise ConfigError("held_out sets samples aside, which a stream can't; give eval_data instead")
     if same_text:
-        return _last_set_aside(make_dataset(data, tokenizer, seed), held_out)
+        return _last_set_aside(_whole(data, seed, tokenizer), held_out)
     return _split(data, held_out, seed, tokenizer)
 
 
@@ -97,7 +96,7 @@ def _split(spec: DataConfig, held_out: int, seed: int, tokenizer: Any) -> tuple[
     if spec.kind == "mix":
         return _split_mix(spec, held_out, seed, tokenizer)
     if spec.kind != "selfsup":
-        return _last_set_aside(make_dataset(spec, tokenizer, seed), held_out)
+        return _last_set_aside(_whole(spec, seed, tokenizer), held_out)
     layout = Layout(tokenizer, spec.loss_on)
     read, aside = set_aside(all_documents(spec), spec.context_tokens)
     judged = spec.model_copy(update={"n_samples": held_out})
@@ -108,26 +107,28 @@ def _split(spec: DataConfig, held_out: int, seed: int, tokenizer: Any) -> tuple[
     )
 
 
-def _last_set_aside(
-    data: SampleDataset | StreamedDataset, held_out: int
-) -> tuple[SampleDataset, SampleDataset]:
-    if isinstance(data, StreamedDataset):
-        raise ConfigError("held_out sets samples aside, which a stream can't; give eval_data instead")
-    size = len(data)
+def _whole(spec: DataConfig, seed: int, tokenizer: Any) -> SampleDataset:
+    """The data set of a configuration that does not stream: `split_data` refuses streams, and a mix has none."""
+    return cast(SampleDataset, make_dataset(spec, tokenizer, seed))
+
+
+def _left(size: int, held_out: int) -> int:
+    """How many samples are left to train on, at least one."""
     if size <= held_out:
         raise ConfigError(f"held_out {held_out} leaves nothing of the data's {size} samples to train on")
-    return Stretch(data, 0, size - held_out), Stretch(data, size - held_out, held_out)
+    return size - held_out
+
+
+def _last_set_aside(data: SampleDataset, held_out: int) -> tuple[SampleDataset, SampleDataset]:
+    left = _left(len(data), held_out)
+    return Stretch(data, 0, left), Stretch(data, left, held_out)
 
 
 def _split_mix(
     spec: DataConfig, held_out: int, seed: int, tokenizer: Any
 ) -> tuple[SampleDataset, SampleDataset]:
     _check_that_parts_read_different_text(spec)
-    left = None if spec.n_samples is None else spec.n_samples - held_out
-    if left is not None and left < 1:
-        raise ConfigError(
-            f"held_out {held_out} leaves nothing of the data's {spec.n_samples} samples to train on"
-        )
+    left = None if spec.n_samples is None else _left(spec.n_samples, held_out)
     weights = [part.weight for part in spec.mix]
     trained: list[SampleDataset] = []
     judged: list[SampleDataset] = []
@@ -138,7 +139,7 @@ def _split_mix(
                 train, held = _split(part, count, own, tokenizer)
                 judged.append(held)
             else:
-                train = make_dataset(part, tokenizer, own)  # type: ignore[assignment]  # no part streams
+                train = _whole(part, own, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"mix[{number}]: {error}") from error
         trained.append(train)

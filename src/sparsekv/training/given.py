@@ -10,6 +10,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.base import Policy
 from sparsekv.policies.blocks import DEFAULT_RECENT
 from sparsekv.policies.soft import SoftThreshold
+from sparsekv.policies.sparsity import Sparsity
 from sparsekv.relevance.predictor import Served
 from sparsekv.training.objective import Objective
 from sparsekv.training.relaxation import Relaxation
@@ -80,19 +81,17 @@ def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None
     args.remove_unused_columns = False
 
 
-def sparsity_weight(press: Any, objective: Objective | None) -> float:
-    """The weight of the sparsity loss that a press asks for; 0 for other presses.
+def sparsity_of(press: Any, objective: Objective | None) -> Sparsity | None:
+    """The sparsity loss that a press asks for; None for other presses.
 
     Raises
     ------
     ConfigError
         If the objective has one of its own.
     """
-    sparsity = getattr(press, "sparsity", None)
-    if sparsity is None:
-        return 0.0
-    if objective is not None and objective.sparsity_kind is not None:
+    sparsity: Sparsity | None = getattr(press, "sparsity", None)
+    if sparsity is not None and objective is not None and objective.sparsity_kind is not None:
         raise ConfigError(
             f"press {type(press).__name__} and objective {objective.name} each ask for a sparsity loss; give one"
         )
-    return float(sparsity.weight)
+    return sparsity

@@ -210,7 +210,12 @@ def name_base(folder: Path, base: str) -> None:
     """Let an adapter's config name its base by `base`, a public id, instead of where it lay."""
     path = folder / ADAPTER_CONFIG_FILE
     if path.exists():
-        write_json(path, {**_read_json(path), "base_model_name_or_path": base})
+        set_in_json(path, "base_model_name_or_path", base)
+
+
+def set_in_json(path: Path, key: str, value: Any) -> None:
+    """Set one key of the JSON object in a file; a ConfigError if it can't be read."""
+    write_json(path, {**_read_json(path), key: value})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -148,11 +148,6 @@ def give_own_group(
     optimizer.add_param_group({"params": list(parameters), "lr": lr, "weight_decay": weight_decay})
 
 
-def sparsity_kind(press: Any) -> str | None:
-    """The kind of sparsity that a SparseRegPress asks for; None for other presses."""
-    return getattr(getattr(press, "sparsity", None), "kind", None)
-
-
 def moves_without_adapters(model: nn.Module) -> bool:
     """True if training changes what the model computes with its adapters off."""
     names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)

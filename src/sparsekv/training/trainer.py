@@ -47,7 +47,7 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
-from sparsekv.training.given import check_drops, prepare_arguments, relevance_press, sparsity_weight
+from sparsekv.training.given import check_drops, prepare_arguments, relevance_press, sparsity_of
 from sparsekv.training.held_out import Baseline, held_out_perplexity, share_of
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
@@ -67,7 +67,6 @@ from sparsekv.training.setup import (
     give_own_group,
     moves_without_adapters,
     policy_of,
-    sparsity_kind,
     with_lora,
 )
 from sparsekv.training.student import student_output, teacher_output
@@ -166,7 +165,7 @@ class SparseKVTrainer(ResumableTrainer):
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
-        self.sparsity_weight = sparsity_weight(press, objective)
+        self.sparsity = sparsity_of(press, objective)
         self.objective = objective or (EITObjective() if trains_predictors else StandardLMObjective())
         self.relevance_lr, self.relevance_weight_decay = relevance_lr, relevance_weight_decay
         self.quantiles = ScoreQuantiles()
@@ -262,7 +261,8 @@ class SparseKVTrainer(ResumableTrainer):
                 teacher = teacher_output(plain, inputs, self.frozen_teacher)
         with self.accelerator.autocast():
             student = student_output(model, plain, inputs, plan)
-            losses = self.objective(student, teacher, inputs, plan, items, sparsity=self.sparsity_weight)
+            weight = 0.0 if self.sparsity is None else self.sparsity.weight
+            losses = self.objective(student, teacher, inputs, plan, items, sparsity=weight)
         loss = losses.total
         share = float(labels_of_rows(inputs).sum()) / items
         if self.relaxation is not None:
@@ -322,7 +322,7 @@ class SparseKVTrainer(ResumableTrainer):
     def _observers(self, seeds: list[int], weights: list[float]) -> tuple[Observer, ...]:
         every = max(int(self.state.logging_steps or 1), 1)
         logged = (self.state.global_step + 1) % every == 0
-        kind = self.objective.sparsity_kind or sparsity_kind(self.press)
+        kind = self.objective.sparsity_kind if self.sparsity is None else self.sparsity.kind
         return observers_of_step(kind, seeds, weights, logged=logged)
 
     def _hear_scores(self, plan: SelectionPlan) -> None:

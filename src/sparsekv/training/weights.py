@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 from sparsekv.models import public_name
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import NAME, has_relevance
-from sparsekv.training.output import name_base, write_json
+from sparsekv.training.output import name_base, set_in_json
 
 
 def has_adapter(model: Any) -> bool:
@@ -48,16 +47,10 @@ def save_weights(
             model.save_pretrained(str(folder), state_dict=without_predictors(state))
         tidy(model, folder)
         if dtype is not None and not has_adapter(model):
-            _name_dtype(Path(folder), dtype)
+            # What the files hold; transformers wrote what the model in memory has.
+            set_in_json(Path(folder) / CONFIG_NAME, "dtype", str(dtype).removeprefix("torch."))
     if has_relevance(model):
         save_relevance(model, folder)
-
-
-def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Let a model's config say what its files hold; transformers writes what the model in memory has."""
-    path = folder / CONFIG_NAME
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**settings, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def tidy(model: Any, folder: str | Path) -> None:
