@@ -14,14 +14,13 @@ import argparse
 import time
 
 import torch
+from loading import book_ids, with_predictors
 from machine import describe
 
 from sparsekv import compress, load_model, prepare
-from sparsekv.benchmarks.data import haystack_text
 from sparsekv.cli.quiet import quieten
 from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
-from sparsekv.relevance import attach_relevance, has_relevance
 
 
 def main() -> None:
@@ -42,13 +41,8 @@ def main() -> None:
     quieten()
     print(describe())
     model, tokenizer = load_model(args.model, adapter=args.adapter)
-    if not has_relevance(model):
-        print("fresh predictors: give --adapter for fitted ones")
-        attach_relevance(model)
-    prepare(model)
-    ids = tokenizer(
-        haystack_text(args.book), return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids[0]
+    prepare(with_predictors(model))
+    ids = book_ids(tokenizer, args.book)[0]
     stride = (len(ids) - args.tokens - args.decoded) // max(1, args.contexts - 1)
     if stride < 1:
         raise SystemExit(f"the text has only {len(ids)} tokens")

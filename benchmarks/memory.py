@@ -13,10 +13,10 @@ import argparse
 import gc
 
 import torch
+from loading import book_ids
 from machine import describe
 
 from sparsekv import architecture, compress, load_model, prepare
-from sparsekv.benchmarks.data import haystack_text
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
@@ -103,8 +103,7 @@ def main() -> None:
     print(describe())
     model, tokenizer = load_model(args.model)
     prepare(model)
-    text = haystack_text("book_train")
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+    ids = book_ids(tokenizer, "book_train")
     for method in args.methods:
         freed(model, tokenizer, ids[:, : args.tokens], method, args.ratio)
     chunked(model, ids[:, : args.long], 1024, 512)

@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 from kvpress import AdaKVPress, SnapKVPress
+from loading import book_ids, with_predictors
 from machine import describe
 from transformers import DynamicCache
 
 from sparsekv import compress, load_model, prepare
-from sparsekv.benchmarks.data import haystack_text
 from sparsekv.cli.quiet import quieten
 from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
-from sparsekv.relevance import attach_relevance, has_relevance
 
 REFERENCE = "plain"
 KEPT = "plain cache of the kept length"
@@ -162,13 +161,8 @@ def main() -> None:
     print(describe())
     untouched, tokenizer = load_model(args.model)
     model, _ = load_model(args.model, adapter=args.adapter)
-    if not has_relevance(model):
-        attach_relevance(model)
-    prepare(model)
-    longest = max(args.prefill_tokens, args.decode_tokens)
-    ids = tokenizer(
-        haystack_text("book_eval"), return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids[:, :longest]
+    prepare(with_predictors(model))
+    ids = book_ids(tokenizer, "book_eval")
     if args.measure != "decode":
         measure_prefill(untouched, model, tokenizer, ids[:, : args.prefill_tokens], args.ratio, args.rounds)
     if args.measure != "prefill":

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
+from loading import book_ids
 from machine import describe
 
 from sparsekv import compress, load_model, prepare
-from sparsekv.benchmarks.data import haystack_text
 from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
 
@@ -42,10 +42,7 @@ def main() -> None:
     print(describe())
     model, tokenizer = load_model(args.model)
     prepare(model)
-    text = haystack_text(args.book)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[
-        :, : args.tokens + 1
-    ]
+    ids = book_ids(tokenizer, args.book)[:, : args.tokens + 1]
     if ids.shape[1] <= args.tokens:
         raise SystemExit(f"the book has only {ids.shape[1]} tokens")
     cache = compress(

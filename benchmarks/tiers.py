@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loading import book_ids
 from machine import describe
 
 from sparsekv import TieredCache, compress, load_model
-from sparsekv.benchmarks.data import haystack_text
 from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
@@ -156,8 +156,7 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
 def decoding(context: int, active: int, tokens: int) -> None:
     """Seconds per token with and without a second tier; apart the first 8 tokens, at which every layer looks."""
     model, tokenizer = load_model("smollm2")
-    text = haystack_text("book_eval")[: 6 * (context + tokens)]
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = book_ids(tokenizer, "book_eval")
     caches = {
         "TieredCache": compress(
             model, ids[:, :context], "snapkv", 1 - active / context, cache=TieredCache(model, active)
