@@ -22,9 +22,10 @@ _LABELS = {
     "loss": "loss",
     "ce": "cross-entropy per token",
     "kl": "KL to the full-cache teacher per token",
+    "kl_context": "KL to the full-cache teacher per token of the context",
     "requested_compression": "requested compression",
     "achieved_compression": "achieved compression",
-    "retained_attention": "retained attention",
+    "retained_attention": "retained attention, of that step alone",
     "tokens_per_s": "tokens per second",
 }
 
