@@ -142,7 +142,7 @@ def test_what_the_factory_refuses():
         (("relevance", model, 20), {}, "use compress"),
         (("atskv", model, 40), {}, "predictor"),
         (("atskv", model.config, 40), {}, "give the model itself"),
-        (("quest", model, 20), {"passive": "cpu"}, "chooses what each step reads"),
+        (("quest", model, 20), {"passive": "cpu"}, "chooses at every step what to read"),
         (("knorm", model, 20), {"every": 0}, "every must be"),
         (("knorm", model, 20), {"recall_tokens": 5}, "needs a second tier"),
         (("knorm", model, 0.5), {"passive": "cpu"}, "give active"),

@@ -84,11 +84,8 @@ def make_cache(
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ConfigError(f"every must be a whole number of tokens >= 1, got {every!r}")
     _check(policy, chosen, model)
-    if tiered and (policy.by_step or policy.rerotate):
-        why = "chooses what each step reads" if policy.by_step else "re-rotates keys"
-        raise ConfigError(
-            f"method {policy.name!r} {why}, which a TieredCache does not take: no active, no passive"
-        )
+    if tiered and policy.why_one_tier is not None:
+        raise ConfigError(f"method {policy.name!r} {policy.why_one_tier}; give no active and no passive")
     if not tiered:
         if recall_tokens is not None:
             raise ConfigError(

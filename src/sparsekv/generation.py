@@ -120,10 +120,8 @@ def compress(
         raise ConfigError(f"method {policy.name!r} can't evict while decoding; use phase='prefill'")
     if phase != "prefill" and policy.by_step:
         raise ConfigError(f"method {policy.name!r} evicts nothing while decoding; use phase='prefill'")
-    if policy.by_step and isinstance(cache, TieredCache):
-        raise ConfigError(
-            f"method {policy.name!r} chooses what a step reads, and a TieredCache by itself: give no cache"
-        )
+    if policy.by_step and isinstance(cache, TieredCache):  # rerotate is the call's own to say
+        raise ConfigError(f"method {policy.name!r} {policy.why_one_tier}; give no cache")
     if isinstance(policy, LayerPolicy):
         policy.check_scope(budget)
         if phase != "prefill" and policy.needs_whole_context(budget):

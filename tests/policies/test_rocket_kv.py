@@ -181,7 +181,7 @@ def test_refusals(tiny_model: Any) -> None:
             compress(model, ids, name, **{"budget": 0.5, **arguments})
     calls: list[Any] = []
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ConfigError, match="'quest' chooses what a step reads, and a TieredCache by itself"):
+    with pytest.raises(ConfigError, match="'quest' chooses at every step what to read"):
         compress(model, ids, "quest", 0.5, cache=TieredCache(model, 20))
     handle.remove()
     assert not calls, "told before the context is read"

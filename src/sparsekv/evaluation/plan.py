@@ -195,15 +195,11 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
 def _check_tier(setting: Setting, policy: Policy, advice: Advice) -> None:
     """Raise a ConfigError for a method whose evicted entries can't be kept in a passive tier."""
     name = f"method '{setting.method}'"
-    why: str | None = None
+    why = policy.why_one_tier
     if setting.method == UNCOMPRESSED:
         why = "evicts nothing"
     elif isinstance(policy, NativePolicy):
         why = "runs only by kvpress's own hooks, in a cache of one tier"
-    elif policy.by_step:
-        why = "chooses at every step what to read, as a passive tier does"
-    elif policy.rerotate:
-        why = "re-rotates keys, and a recalled key has the position that it was computed with"
     if why is not None:
         raise ConfigError(f"{name} {why}; remove passive")
     if setting.phase != "prefill":

@@ -203,6 +203,15 @@ class Policy(ABC):
         return None
 
     @property
+    def why_one_tier(self) -> str | None:
+        """Why what it evicts can't be kept in a second tier, as the end of a sentence; None: it can."""
+        if self.by_step:
+            return "chooses at every step what to read, as a second tier does by itself"
+        if self.rerotate:
+            return "re-rotates keys, and a recalled key has the position that it was computed with"
+        return None
+
+    @property
     def always_kept(self) -> int:
         """Entries that must stay whatever the budget: a smaller one is an error."""
         sizes = (getattr(self, name, None) for name in ("n_sink", "n_recent"))
