@@ -81,6 +81,15 @@ def test_with_a_passive_tier_nothing_is_lost_and_the_policy_decides(name):
     assert total.unique().tolist() == [T + 19]
 
 
+@pytest.mark.parametrize("name", ["soft_threshold", "adaptive_block_dropout"])
+def test_a_policy_that_observes_with_a_whole_forward_has_two_tiers(name):
+    model = prepare(tiny_model("llama"))
+    cache = make_cache(name, model, 20, passive="cpu", every=4, window=None)
+    generated(model, cache)
+    assert int(cache.stored_counts().max()) <= 24
+    assert (cache.stored_counts() + cache.passive_counts()).unique().tolist() == [T + 19]
+
+
 def test_two_tiers_without_a_policy(tmp_path):
     model = prepare(tiny_model("llama"))
     everything = {"recall_tokens": 1000, "page_size": 8}

@@ -87,7 +87,7 @@ class Tiers:
         if self.held:
             return n_query
         policy = None if self.decode is None else self.decode.policy
-        return int(getattr(policy, "window", 0)) if isinstance(policy, LayerPolicy) else 0
+        return (policy.window or 0) if isinstance(policy, LayerPolicy) else 0
 
     def counts(self, layer: int, rows: int, heads: int) -> Tensor:
         """LongTensor [S]: entries of one layer in the passive tier."""

@@ -299,6 +299,9 @@ class LayerPolicy(Policy):
     positive_scores: ClassVar[bool] = False
     """True if its scores are positive by nature, as attention is, so that ratios of them mean something."""
 
+    window: int | None = None
+    """Newest tokens that observe the others; None: those of this forward, or it observes nothing."""
+
     too_short: int = 0
     """Contexts of at most so many entries can't be scored, for these are the queries that score; training leaves such
     a context whole."""

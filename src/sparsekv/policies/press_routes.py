@@ -142,7 +142,7 @@ class _InLayer(LayerPolicy):
         object.__setattr__(self, "_loaded", {})  # what was downloaded, per model
 
     @property
-    def window(self) -> int:
+    def window(self) -> int:  # type: ignore[override]
         """Newest tokens that the press takes for those of the last entries, to observe the others; 0: none."""
         return max(getattr(press, "window_size", None) or 0 for press in nested(self.template))
 
