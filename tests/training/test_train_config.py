@@ -370,12 +370,20 @@ def counted(shape: dict[str, int], family: str, r: int, targets: list[str]) -> t
     return rest + layer * shape["layers"], lora * shape["layers"]
 
 
+def lora_of(made: TrainConfig) -> tuple[int, list[str]]:
+    """Rank and targets of the adapter that a config trains: a fresh one, or the one that it goes on from."""
+    if made.lora is not None:
+        return made.lora.r, list(made.lora.targets)
+    settings = json.loads((ROOT / str(made.adapter) / "adapter_config.json").read_text())
+    return settings["r"], settings["target_modules"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_headers_arithmetic_starts_from_the_right_counts(path: Path) -> None:
     made = load_train_config(path)
     family = "qwen3" if "Qwen3" in made.model else "llama"
-    assert made.lora is not None
-    parameters, adapter = counted(SHAPES[made.model], family, made.lora.r, made.lora.targets)
+    rank, targets = lora_of(made)
+    parameters, adapter = counted(SHAPES[made.model], family, rank, targets)
     text = path.read_text()
     assert f"{parameters:,} parameters" in text
     assert f"{adapter:,} of LoRA" in text
