@@ -73,16 +73,11 @@ def part_of(sums: Sums, groups: Groups) -> Sums:
 def solved(model: Any, sums: dict[int, Sums], groups: Groups, config: FitConfig) -> dict[int, Any]:
     """Predictors by layer that read these groups alone, put on the model too."""
     attach_relevance(model, RelevanceConfig(features=groups), seed=config.seed)
-    with torch.no_grad():
-        for index, module in relevance_modules(model).items():
-            predictor: Any = getattr(module, NAME)
-            weights, bias, of_features = part_of(sums[index], groups).solve(config.regression.ridge)
-            predictor.score.weight.copy_(weights)
-            predictor.score.bias.copy_(bias)
-            if predictor.extra is not None:
-                predictor.extra.weight.copy_(of_features)
+    predictors = {index: getattr(module, NAME) for index, module in relevance_modules(model).items()}
+    for index, predictor in predictors.items():
+        part_of(sums[index], groups).solve_for(predictor, config.regression.ridge)
     serve_as(model, Served(config.predictor.n_sink, config.predictor.n_recent))
-    return {index: getattr(module, NAME) for index, module in relevance_modules(model).items()}
+    return predictors
 
 
 def judged(

@@ -181,7 +181,9 @@ def test_refusals(tiny_model: Any) -> None:
             compress(model, ids, name, **{"budget": 0.5, **arguments})
     calls: list[Any] = []
     handle = model.model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ConfigError, match="'quest' chooses at every step what to read"):
+    with pytest.raises(
+        ConfigError, match="'quest' chooses at every step what to read, as a second tier does by itself"
+    ):
         compress(model, ids, "quest", 0.5, cache=TieredCache(model, 20))
     handle.remove()
     assert not calls, "told before the context is read"

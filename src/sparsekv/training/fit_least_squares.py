@@ -71,6 +71,15 @@ class Sums:
         solution = torch.stack(found)
         return solution[:, :size], solution[:, size], solution[:, size + 1 :]
 
+    @torch.no_grad()
+    def solve_for(self, predictor: Any, ridge: float) -> None:
+        """Write the solution into a linear predictor that reads what was summed."""
+        weights, bias, of_features = self.solve(ridge)
+        predictor.score.weight.copy_(weights)
+        predictor.score.bias.copy_(bias)
+        if predictor.extra is not None:
+            predictor.extra.weight.copy_(of_features)
+
 
 class LeastSquares(Solver):
     """The minimum of the mean squared error of all entries taken so far; each weighs the same.
@@ -101,18 +110,12 @@ class LeastSquares(Solver):
             self.current = False
         return total / count if count else None
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Solve for every layer, unless nothing came since."""
         if self.current:
             return
         for index, sums in self.sums.items():
-            weights, bias, of_features = sums.solve(self.config.regression.ridge)
-            predictor = predictor_of(self.modules[index])
-            predictor.score.weight.copy_(weights)
-            predictor.score.bias.copy_(bias)
-            if predictor.extra is not None:
-                predictor.extra.weight.copy_(of_features)
+            sums.solve_for(predictor_of(self.modules[index]), self.config.regression.ridge)
         self.current = True
 
     def state_dict(self) -> dict[str, Any]:
