@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from sparsekv import architecture
 from sparsekv.attention import prepare
+from sparsekv.cache.attended import attended_fractions
 from sparsekv.cache.join import join
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
@@ -304,10 +305,14 @@ def _read_whole(model: Any, input_ids: Tensor, cache: SparseCache, policy: Polic
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated token ids of one row, and why it ended: "eos" or "length"."""
+    """Generated token ids of one row, and why it ended: "eos" or "length".
+
+    `attended_fraction`: entries that its last step attended to over those stored, in both tiers where there are two.
+    """
 
     token_ids: list[int]
     finish_reason: Literal["eos", "length"]
+    attended_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -348,7 +353,7 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
 
     Parameters
     ----------
-    asked : at least one; several need caches that can be joined (`cache.join.can_join`)
+    asked : at least one; several need caches that can be joined (of one `cache.join.join_key`)
     eos_ids : token ids that end an answer
 
     Returns
@@ -367,16 +372,21 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
     answers: list[list[int]] = [[] for _ in rooms]
     ended: list[bool] = [False] * len(rooms)
     reasons: list[Literal["eos", "length"]] = ["length"] * len(rooms)
+    attended = [1.0] * len(rooms)
     batch = list(range(len(rooms)))  # the answer that each row of the batch belongs to
     stop = set(eos_ids)
     while True:
-        for row, token in zip(batch, ids[:, 0].tolist(), strict=True):
+        fractions: list[float] = []  # of the batch, worked out where a row ends
+        for place, (row, token) in enumerate(zip(batch, ids[:, 0].tolist(), strict=True)):
             if ended[row]:
                 continue
             answers[row].append(token)
             if len(answers[row]) > 1 and token in stop:
                 reasons[row] = "eos"
             ended[row] = reasons[row] == "eos" or len(answers[row]) == rooms[row]
+            if ended[row]:
+                fractions = fractions or attended_fractions(cache)
+                attended[row] = fractions[place]
         going = torch.tensor([not ended[row] for row in batch])
         if not bool(going.any()):
             break
@@ -384,7 +394,7 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
             cache.batch_select_indices(going.nonzero().flatten())
             batch, ids = [row for row in batch if not ended[row]], ids[going.to(ids.device)]
         ids = _next_tokens(model, cache, ids)
-    found = iter([Answer(tokens, reason) for tokens, reason in zip(answers, reasons, strict=True)])
+    found = iter([Answer(*one) for one in zip(answers, reasons, attended, strict=True)])
     return [[next(found) for _ in tokens] for tokens in first]
 
 

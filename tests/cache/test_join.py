@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsekv.cache.join import can_join, join
+from sparsekv.cache.join import join, join_key
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
@@ -87,8 +87,98 @@ def test_what_can_not_be_joined():
     later = compress(model, ids(12, 1), make_policy("knorm"), 0.5, phase="both")
     sliding = compress(window, ids(12, 1), make_policy("full"), 0.0)
     two_tiers = compress(model, ids(12, 1), make_policy("full"), cache=TieredCache(model, 100))
-    assert two_tiers.intact and not can_join(two_tiers)
-    assert can_join(plain) and not any(can_join(cache) for cache in (moved, later, sliding))
-    for wrong in ([], [plain, moved], [later], [two_tiers], [plain, SparseCache(model.config)]):
+    in_bytes = compress(model, ids(12, 1), make_policy("full"), cache=TieredCache(model, "64KiB"))
+    recalls = compress(model, ids(12, 1), make_policy("full"), cache=TieredCache(model, 100, recall_tokens=8))
+    assert two_tiers.intact and join_key(two_tiers) not in (None, join_key(plain), join_key(recalls))
+    assert join_key(plain) and all(join_key(cache) is None for cache in (moved, later, sliding, in_bytes))
+    mixed = ([plain, two_tiers], [two_tiers, recalls], [in_bytes, in_bytes])
+    for wrong in ([], [plain, moved], [later], [plain, SparseCache(model.config)], *mixed):
         with pytest.raises(ConfigError, match="only caches that have read something can be joined"):
             join(wrong)
+
+
+def tiered(model, n: int, seed: int, active: int, recall_tokens: int | None) -> TieredCache:
+    cache = TieredCache(model, active, recall_tokens=recall_tokens, page_size=4, n_recent=4)
+    return compress(model, ids(n, seed), make_policy("adakv(knorm)"), active, cache=cache)
+
+
+def where(cache: TieredCache) -> tuple[torch.Tensor, torch.Tensor]:
+    return cache.kept_columns(), cache.passive_columns()
+
+
+TIERED = [(60, 1, 20), (41, 2, 9), (60, 3, 60)]
+"""(tokens of the context, seed, active size); the passive tier of the last one is empty."""
+
+
+def test_rows_of_joined_tiers_keep_their_sizes_and_entries():
+    model = tiny_model("llama")
+    parts = [tiered(model, *shape, None) for shape in TIERED]
+    joined = join(parts)
+    assert isinstance(joined, TieredCache) and joined.seen == 60
+    quotas = torch.tensor([layer.quotas() for _, layer in joined.tiered_layers()]).view(-1, 3, 2)
+    for row, part in enumerate(parts):
+        assert torch.equal(
+            quotas[:, row], torch.tensor([layer.quotas() for _, layer in part.tiered_layers()])
+        )
+        for together, alone in zip(where(joined), where(part), strict=True):
+            assert torch.equal(together[row, ..., 60 - part.seen :], alone[0])
+            assert not together[row, ..., : 60 - part.seen].any()
+
+
+@pytest.mark.parametrize("recall_tokens", [0, 6, 10_000])
+def test_answers_of_joined_tiers_are_those_of_each_alone(recall_tokens):
+    model = tiny_model("llama")
+    questions = [ids(3, 20), ids(5, 21), ids(4, 22)]
+
+    def asked() -> list[Asked]:
+        parts = [tiered(model, *shape, recall_tokens) for shape in TIERED]
+        return [Asked(*one) for one in zip(parts, questions, (6, 7, 8), strict=True)]
+
+    alone = [decode_together(model, [one], set())[0][0] for one in asked()]
+    together = [rows[0] for rows in decode_together(model, asked(), set())]
+    for got, expected in zip(together, alone, strict=True):
+        assert got.token_ids == expected.token_ids
+        assert got.attended_fraction == pytest.approx(expected.attended_fraction)
+    if recall_tokens == 0:
+        assert together[0].attended_fraction < 0.4 < 0.8 < together[2].attended_fraction
+
+
+def test_in_joined_tiers_a_row_recalls_what_it_recalls_alone():
+    """Alone as a batch of one: joining makes new pages, and pages say what is looked at."""
+    model = tiny_model("llama")
+    parts = [tiered(model, *shape, None) for shape in TIERED]
+    turns = [step(model, part, ids(3, 20 + row)) for row, part in enumerate(parts)]
+    joined, alone = join(parts), [join([part]) for part in parts]
+    together = torch.cat(turns)
+    before = where(joined)[0]
+    for _ in range(12):
+        together = step(model, joined, together)
+        turns = [step(model, cache, turn) for cache, turn in zip(alone, turns, strict=True)]
+        assert torch.equal(together, torch.cat(turns))
+        for row, cache in enumerate(alone):
+            for ours, theirs in zip(where(joined), where(cache), strict=True):
+                assert torch.equal(ours[row, ..., joined.seen - cache.seen :], theirs[0])
+    came = where(joined)[0][..., : before.shape[-1]] & ~before
+    assert all(bool(row.any()) for row in came)
+
+
+def step(model, cache: SparseCache, turn: torch.Tensor) -> torch.Tensor:
+    mask = torch.nn.functional.pad(cache.real_columns(), (0, turn.shape[1]), value=True).long()
+    places = (mask.cumsum(-1) - 1)[:, -turn.shape[1] :]
+    out = model(input_ids=turn, past_key_values=cache, attention_mask=mask, position_ids=places)
+    return out.logits[:, -1:].argmax(-1)
+
+
+def test_joined_tiers_lose_and_double_nothing():
+    model = tiny_model("llama")
+    joined = join([tiered(model, 60, 1, 20, None), tiered(model, 41, 2, 9, None)])
+    real = joined.real_columns()
+    for n in range(12):
+        step(model, joined, ids(1, 50 + n).expand(2, -1))
+        resident, passive = where(joined)
+        assert not (resident & passive).any()
+        everything = torch.nn.functional.pad(real, (0, n + 1), value=True)[:, None, None]
+        assert torch.equal(resident | passive, everything.expand_as(resident))
+        assert (joined.stored_counts().double().mean(dim=(0, 2)) <= torch.tensor([21.0, 10.0])).all()
+    joined.batch_select_indices(torch.tensor([1]))
+    assert joined.batch == 1 and torch.equal(joined.passive_columns(), where(joined)[1])

@@ -206,7 +206,7 @@ def test_one_writes_a_session_at_a_time(tmp_path):
 def test_whatever_ends_a_writing_leaves_no_files_of_it(tmp_path, monkeypatch, error):
     model, cache = saved(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    real, asked = cache.tiers.store.peek_layer, []
+    real, asked = cache.tiers.store.all_entries, []
 
     def fails(*arguments):
         asked.append(arguments)
@@ -214,7 +214,7 @@ def test_whatever_ends_a_writing_leaves_no_files_of_it(tmp_path, monkeypatch, er
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(cache.tiers.store, "peek_layer", fails)
+    monkeypatch.setattr(cache.tiers.store, "all_entries", fails)
     with pytest.raises(type(error)):
         cache.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -19,6 +19,7 @@ from sparsekv.benchmarks.scoring import PERPLEXITY
 from sparsekv.cache.disk import DiskStore
 from sparsekv.config import EvalConfig, parse_config
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation import answers
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.cells import Cell, Setting, Task, settings
 from sparsekv.evaluation.cost import measure
@@ -230,6 +231,32 @@ def test_answers_do_not_depend_on_what_else_is_asked(answerer: Answerer) -> None
     found = chosen("full", tiered("knorm"), "knorm")
     together = answerer.answer(prompt, found)
     assert together == [answerer.answer(prompt, [setting])[0] for setting in found]
+
+
+def test_prompts_with_two_tiers_decode_side_by_side(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with the right sizes each; one tier and two never share a batch."""
+    batches: list[int] = []
+    decode = answers.decode_together
+
+    def counted(model: Any, asked: Any, ends: Any) -> Any:
+        batches.append(len(asked))
+        return decode(model, asked, ends)
+
+    monkeypatch.setattr(answers, "decode_together", counted)
+    shorter = replace(example(), context=example().context[60:], example_id="e/1", max_new_tokens=9)
+    prompts = [assemble(one, answerer.tokenizer) for one in (example(), shorter)]
+    found = chosen("full", *(tiered("snapkv", recall_tokens=n) for n in (0, 5)), "snapkv")
+    together = answerer.answer_many([(prompt, found) for prompt in prompts])
+    assert sorted(batches) == [2, 2, 2]
+    for prompt, replies in zip(prompts, together, strict=True):
+        for setting, reply in zip(found, replies, strict=True):
+            (alone,) = replace(answerer, batch_cells=False).answer(prompt, [setting])
+            assert reply == replace(alone, attended_fraction=reply.attended_fraction)
+            assert reply.attended_fraction == pytest.approx(alone.attended_fraction)
+    assert together[0][1].attended_fraction < together[0][2].attended_fraction < 1
+    assert together[0][1].passive_bytes > together[1][1].passive_bytes > 0
 
 
 def test_a_disk_tier_gives_its_folder_back(answerer: Answerer, tmp_path: Path) -> None:

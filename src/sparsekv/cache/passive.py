@@ -165,6 +165,14 @@ class PassiveStore(Holdings):
         places.fit(rows, heads)
         return torch.ones(places.shape, dtype=torch.bool)
 
+    def all_entries(self, layer: int, rows: int, heads: int) -> PageEntries:
+        """Copies of everything that a layer holds, of at least so many rows and kv heads."""
+        self._check_open()
+        if not self._places(layer).n_entries:
+            none = torch.zeros(0, dtype=torch.int64)
+            return PageEntries(none.new_zeros(rows, heads), none, *self._nothing())
+        return self.peek_pages(layer, self.all_pages(layer, rows, heads))
+
     def _pages(self, layer: int, chosen: Tensor, *, take: bool) -> PageEntries:
         self._check_open()
         places = self._places(layer)

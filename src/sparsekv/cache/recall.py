@@ -148,33 +148,33 @@ class TieredReader:
             residents = Residents(store, real)
             sizes = np.bincount(residents.segment, residents.alive, minlength=len(sizes)).astype(np.int64)
         rows = (layer.batch, layer.n_kv_heads)
-        # The heads of a row lend places to each other.
-        free = (quotas - sizes).reshape(rows).sum(axis=1, keepdims=True)
+        # The heads of a row lend places to each other. A row does what it would do alone, whatever the others do.
+        free = (quotas - sizes).reshape(rows).sum(axis=1)
         deferred = tiers.leaves_it_to_policy(self.index, n_query, store.seen, int(quotas.min()))
-        full = not deferred and bool((free < 0).any() or (sizes > quotas + LENT).any())
+        full_rows = (free < 0) | (sizes > quotas + LENT).reshape(rows).any(axis=1)
+        full = full_rows.repeat(rows[1]) & (not deferred)
         spare = quotas - slack(quotas) - sizes
         limit = tiers.recall_tokens
-        none = np.zeros_like(sizes)
-        over, fill = (-spare).clip(min=0) if full else none, none
+        over, fill = np.where(full, (-spare).clip(min=0), 0), np.zeros_like(sizes)
         waiting = tiers.counts(self.index, *rows).numpy()
-        if limit is None and not (full or deferred) and (spare > 0).any():
-            fill = np.minimum(spare.clip(min=0), waiting)
-            fits = fill.reshape(rows).sum(axis=1, keepdims=True) <= free
+        if limit is None and not deferred and (spare > 0).any():
+            fill = np.where(full, 0, np.minimum(spare.clip(min=0), waiting))
+            fits = fill.reshape(rows).sum(axis=1) <= free
             fill = fill * fits.repeat(rows[1])
         least = LEAST / sizes.clip(min=1)[:, None]
         if limit is not None:
             asked = waiting.clip(max=limit)
-        elif full or fill.any() or self._looks(layer, n_query):
-            # As many as there are residents: their best could all come.
-            asked = np.minimum(fill + (sizes - over).clip(min=tiers.page_size), waiting)
         else:
-            asked = none
+            filling = (fill > 0).reshape(rows).any(axis=1).repeat(rows[1])
+            looks = full | filling | self._looks(layer, n_query)
+            # As many as there are residents: their best could all come.
+            asked = np.where(looks, np.minimum(fill + (sizes - over).clip(min=tiers.page_size), waiting), 0)
         return _Plan(quotas, fill, over, waiting, asked, least)
 
     def _looks(self, layer: TieredLayer, n_query: int) -> bool:
         """Whether this forward looks for passive entries that matter, though nothing else makes a new buffer."""
-        seen = layer.get_seq_length()
-        return n_query > 1 or seen <= layer.asked_at + EAGER or (seen + self.index) % EVERY == 0
+        since = layer.get_seq_length() - layer.asked_at
+        return n_query > 1 or since <= EAGER or (since + self.index) % EVERY == 0
 
     # ---- which pages --------------------------------------------------------------------------------------------
 

@@ -91,21 +91,18 @@ def _parts(cache: TieredCache) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _tensors(cache: TieredCache, index: int, layer: TieredLayer) -> dict[str, Tensor]:
-    store, passive = with_room(layer.store, layer.store.tail), cache.tiers.store
-    rows, heads = layer.batch, layer.n_kv_heads
-    columns = torch.cat([passive.columns(index, row, head) for row in range(rows) for head in range(heads)])
-    counts = cache.tiers.counts(index, rows, heads).view(rows, heads)
-    keys, values = passive.peek_layer(index, counts, columns)
+    store = with_room(layer.store, layer.store.tail)
+    passive = cache.tiers.store.all_entries(index, layer.batch, layer.n_kv_heads)
     found = {
         "keys": store.keys,
         "values": store.values,
         "columns": store.columns,
         "counts": torch.tensor(store.counts),
-        "passive.columns": columns,
-        "passive.counts": counts,
+        "passive.columns": passive.columns,
+        "passive.counts": passive.counts,
     }
-    if len(columns):
-        found |= {"passive.keys": keys, "passive.values": values}
+    if len(passive.columns):
+        found |= {"passive.keys": passive.keys, "passive.values": passive.values}
     return found if layer.share is None else found | {"share": layer.share}
 
 

@@ -27,7 +27,7 @@ from sparsekv.cache.recall import TieredReader
 from sparsekv.cache.session import check_model, fill, save_session
 from sparsekv.cache.session_files import read_header
 from sparsekv.cache.sparse import ATTENTION, SparseCache
-from sparsekv.cache.tiered_copy import copied
+from sparsekv.cache.tiered_copies import copied
 from sparsekv.cache.tiered_layer import NO_ROTATION, TieredLayer
 from sparsekv.cache.tiers import Tiers, open_store
 from sparsekv.cache.unfinished import check_finished
@@ -216,9 +216,22 @@ class TieredCache(SparseCache):
     @property
     def attended_fraction(self) -> float:
         """Entries that the last forward attended to over those of both tiers."""
+        attended, stored = self._last_step_counts()
+        return float(attended.sum() / stored.sum().clamp(min=1))
+
+    def attended_fractions(self) -> list[float]:
+        """The same of each row."""
+        attended, stored = self._last_step_counts()
+        return (attended / stored.clamp(min=1)).tolist()
+
+    def _last_step_counts(self) -> tuple[Tensor, Tensor]:
+        """FloatTensors [B]: entries that the last forward attended to, and those it could have."""
         selection, stored = self.last_step()
         layers = self.compressible
-        return StepSelection(selection.attended[:, layers]).attended_fraction(stored[:, layers])
+        attended = selection.attended & stored
+        return attended[:, layers].flatten(1).double().sum(dim=1), stored[:, layers].flatten(1).double().sum(
+            dim=1
+        )
 
     # ---- reading a context --------------------------------------------------------------------------------------
 

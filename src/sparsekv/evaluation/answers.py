@@ -1,19 +1,21 @@
 """Answers of many methods to some prompts: one prefill per prompt, compacted copies, one batch for all.
 
-What can't share the prefill (methods that change it, chunked reading, eviction while decoding) or the batch (methods
-that choose at every step what to read, caches of two tiers) gets its own.
+What can't share the prefill (methods that change it, chunked reading, eviction while decoding, two tiers) reads its
+context itself; two-tier caches then decode side by side too, all others alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from sparsekv.cache.join import can_join
+from sparsekv.cache.attended import attended_fractions
+from sparsekv.cache.join import join_key
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.steps import step_bytes
@@ -23,11 +25,14 @@ from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.perplexity import continuation_perplexity
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.reply import Reply
-from sparsekv.evaluation.tier import attended, close_tier, passive_bytes
+from sparsekv.evaluation.tier import close_tier, passive_bytes
 from sparsekv.generation import Asked, compress, decode_together
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.probe import Prefilled, Request, evicts_after_prefill, prefill
 from sparsekv.selection import SelectionTrace
+
+Sizes: TypeAlias = tuple[float, int, int]
+"""Achieved compression, bytes, bytes of the full cache."""
 
 BATCH_BYTES = 2 * 2**30
 """Caches that decode side by side take at most this much; a longer context decodes in more batches."""
@@ -85,16 +90,20 @@ class Answerer:
     def answer_many(self, asked: Sequence[tuple[Prompt, Sequence[Setting]]]) -> list[list[Reply]]:
         """Replies to several prompts, one per setting of each; what shares a prefill decodes side by side."""
         replies: list[dict[int, Reply]] = [{} for _ in asked]
-        waiting: list[_Batch] = []
+        queues: defaultdict[Hashable, list[_Batch]] = defaultdict(list)
         for batch in self._batches(asked):
-            if batch.prompt.is_scored_text or not self.batch_cells or not can_join(batch.cache):
+            kind = join_key(batch.cache)
+            if batch.prompt.is_scored_text or not self.batch_cells or kind is None:
                 self._respond_to([batch], replies)
                 continue
+            waiting = [one for queue in queues.values() for one in queue]
             if sum(one.n_bytes for one in [*waiting, batch]) > BATCH_BYTES:
-                self._respond_to(waiting, replies)
-                waiting = []
-            waiting.append(batch)
-        self._respond_to(waiting, replies)
+                for queue in queues.values():
+                    self._respond_to(queue, replies)
+                queues.clear()
+            queues[kind].append(batch)
+        for queue in queues.values():
+            self._respond_to(queue, replies)
         for (prompt, settings), found in zip(asked, replies, strict=True):
             for index, setting in enumerate(settings):
                 if index not in found:
@@ -172,16 +181,20 @@ class Answerer:
             ) from None
 
     def _batches(self, asked: Sequence[tuple[Prompt, Sequence[Setting]]]) -> Iterator[_Batch]:
-        """What shares a prefill, prompt by prompt; each is read when it is asked for."""
+        """What shares a prefill or may share a batch, prompt by prompt; each is read when it is asked for."""
         for place, (prompt, settings) in enumerate(asked):
             shared = {i: setting for i, setting in enumerate(settings) if self.shares_prefill(setting)}
             if shared:
                 yield from self._forks(place, prompt, shared)
+            for index, setting in enumerate(settings):
+                if setting.tier is not None and setting.tier.in_memory and self.batch_cells:
+                    cache = self.compress(prompt, setting)
+                    yield _Batch(place, prompt, cache, {index: self._sizes(cache)}, passive_bytes(cache))
 
     def _forks(self, place: int, prompt: Prompt, settings: dict[int, Setting]) -> Iterator[_Batch]:
         """The caches of the settings of one prompt, which share its prefill: as few as memory allows."""
         read = self.read(prompt, settings)
-        sizes: dict[int, tuple[float, int, int]] = {}
+        sizes: dict[int, Sizes] = {}
         for index in settings:
             sizes[index] = self._sizes(read.cache.fork([read.selections[index]]))
         # Neighbours with equal counts share one attention call, so rows are sorted by how much they keep.
@@ -197,8 +210,8 @@ class Answerer:
         """Decode batches side by side and put down each setting's reply under its prompt's place."""
         answers = self._respond([(batch.prompt, batch.cache) for batch in batches]) if batches else []
         for batch, rows in zip(batches, answers, strict=True):
-            for (index, sizes), (text, reason, perplexity) in zip(batch.sizes.items(), rows, strict=True):
-                replies[batch.place][index] = Reply(text, reason, *sizes, perplexity=perplexity)
+            for (index, sizes), said in zip(batch.sizes.items(), rows, strict=True):
+                replies[batch.place][index] = said.reply(sizes, batch.passive_bytes)
 
     def _answer_alone(self, prompt: Prompt, setting: Setting) -> Reply:
         policy = self.policy(setting)
@@ -219,43 +232,59 @@ class Answerer:
 
     def _reply_of(self, cache: SparseCache, prompt: Prompt, setting: Setting) -> Reply:
         sizes, passive = self._sizes(cache), passive_bytes(cache)
-        (((text, reason, perplexity),),) = self._respond([(prompt, cache)])
+        ((said,),) = self._respond([(prompt, cache)])
         if setting.phase != "prefill":
             sizes = self._sizes(cache)
         achieved, n_bytes, full_bytes = sizes
-        return Reply(
-            text,
-            reason,
-            achieved,
-            n_bytes + step_bytes(cache),
-            full_bytes,
-            perplexity=perplexity,
-            attended_fraction=attended(cache),
-            passive_bytes=passive,
-        )
+        return said.reply((achieved, n_bytes + step_bytes(cache), full_bytes), passive)
 
     @staticmethod
-    def _sizes(cache: SparseCache) -> tuple[float, int, int]:
+    def _sizes(cache: SparseCache) -> Sizes:
         return cache.achieved_compression[0], cache.nbytes, cache.full_nbytes
 
-    def _respond(
-        self, asked: Sequence[tuple[Prompt, SparseCache]]
-    ) -> list[list[tuple[str, str, float | None]]]:
-        """(prediction, finish reason, perplexity) of every row of each cache; the caches are used up."""
+    def _respond(self, asked: Sequence[tuple[Prompt, SparseCache]]) -> list[list[_Said]]:
+        """What every row of each cache says; the caches are used up."""
         device = self.model.device
         if any(prompt.is_scored_text for prompt, _ in asked):
-            return [
-                [("", "scored", value) for value in continuation_perplexity(self.model, cache, ids)]
-                for cache, ids in ((cache, prompt.question_ids.to(device)) for prompt, cache in asked)
-            ]
+            scored = []
+            for prompt, cache in asked:
+                values = continuation_perplexity(self.model, cache, prompt.question_ids.to(device))
+                rows = zip(values, attended_fractions(cache), strict=True)
+                scored.append([_Said("", "scored", value, attended) for value, attended in rows])
+            return scored
         questions = [Asked(cache, p.question_ids.to(device), p.max_new_tokens) for p, cache in asked]
         return [
             [
-                (str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)), a.finish_reason, None)
+                _Said(
+                    str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)),
+                    a.finish_reason,
+                    None,
+                    a.attended_fraction,
+                )
                 for a in rows
             ]
             for rows in decode_together(self.model, questions, end_ids(self.model))
         ]
+
+
+class _Said(NamedTuple):
+    """What one row of a cache gave, as in `Reply`."""
+
+    prediction: str
+    finish_reason: str
+    perplexity: float | None
+    attended_fraction: float
+
+    def reply(self, sizes: Sizes, passive: int) -> Reply:
+        """With what the cache held."""
+        return Reply(
+            self.prediction,
+            self.finish_reason,
+            *sizes,
+            perplexity=self.perplexity,
+            attended_fraction=self.attended_fraction,
+            passive_bytes=passive,
+        )
 
 
 @dataclass(frozen=True)
@@ -267,12 +296,14 @@ class _Batch:
     place : of the prompt among those that are asked
     cache : a row per setting
     sizes : setting's index -> (achieved compression, bytes, bytes of the full cache), in the rows' order
+    passive_bytes : the part of a one-row cache's bytes that lies in a second tier
     """
 
     place: int
     prompt: Prompt
     cache: SparseCache
-    sizes: dict[int, tuple[float, int, int]]
+    sizes: dict[int, Sizes]
+    passive_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -280,7 +311,7 @@ class _Batch:
         return sum(n_bytes for _, n_bytes, _ in self.sizes.values())
 
 
-def pack(order: Sequence[int], sizes: Mapping[int, tuple[float, int, int]]) -> list[list[int]]:
+def pack(order: Sequence[int], sizes: Mapping[int, Sizes]) -> list[list[int]]:
     """`order` cut into batches whose caches take at most BATCH_BYTES together (or that are a single cell)."""
     batches: list[list[int]] = []
     room = 0

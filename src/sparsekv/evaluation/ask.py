@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
-from sparsekv.cache.steps import attended_fraction
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.advice import CONFIG, Advice
 from sparsekv.evaluation.answers import Answerer, end_ids
@@ -175,5 +174,5 @@ def _answer(answerer: Answerer, setting: Setting, prompt: Prompt) -> Report:
         select_s,
         answer_s,
         len(answer.token_ids),
-        attended_fraction(cache),
+        answer.attended_fraction,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.sparse import SparseCache
-from sparsekv.cache.steps import attended_fraction
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.cache.tiers import DISK
 from sparsekv.config import MethodConfig
@@ -42,6 +41,11 @@ class Tier:
         """The inverse of `definition`."""
         return None if definition is None else cls(**definition)
 
+    @property
+    def in_memory(self) -> bool:
+        """Rather than in files."""
+        return self.passive != DISK.removesuffix(":")
+
     def definition(self) -> dict[str, Any]:
         """All that defines it, as JSON."""
         return {"passive": self.passive, "recall_tokens": self.recall_tokens, "page_size": self.page_size}
@@ -71,11 +75,6 @@ def tier_options(passive: str | None, recall_tokens: int | None, page_size: int 
 def passive_bytes(cache: SparseCache) -> int:
     """Bytes of a cache's passive tier, page summaries included; 0 where there is none."""
     return cache.passive_nbytes if isinstance(cache, TieredCache) else 0
-
-
-def attended(cache: SparseCache) -> float:
-    """Entries that the last forward attended to over those stored, in both tiers where there are two."""
-    return cache.attended_fraction if isinstance(cache, TieredCache) else attended_fraction(cache)
 
 
 def close_tier(cache: SparseCache) -> None:
