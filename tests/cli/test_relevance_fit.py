@@ -132,6 +132,7 @@ def test_help_loads_no_torch() -> None:
     assert "configs/relevance/smollm2_regression.yaml" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(config: Path, tmp_path: Path) -> None:
     """Killed at whatever it was doing: the weights are those of a run that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

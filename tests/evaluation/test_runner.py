@@ -268,6 +268,7 @@ def test_perplexity_is_scored_beside_answers(toy_eval: Settings) -> None:
     assert all(row["score"] > 1 for row in scored) and scored[0]["score"] != scored[1]["score"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(toy_eval: Settings, tmp_path: Path) -> None:
     """kill -9 while rows are being written, then resume: the predictions of an uninterrupted run."""
     data = tmp_path / "many.jsonl"

@@ -107,6 +107,7 @@ def untimed(output: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows_of(output)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "kills"), [(PRESS, 5), (ADAPTIVE, 5)], ids=["linear", "adaptive"])
 def test_killed_runs_end_as_the_uninterrupted_one(changes, kills, config, tmp_path):
     path, whole, killed = config(changes), tmp_path / "whole", tmp_path / "killed"

@@ -15,6 +15,8 @@ from sparsekv.errors import ConfigError
 from sparsekv.training.given import prepare_arguments
 from training.ddp_worker import JUDGED, Stream, run_case
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("token", "layer", "relevance")
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
