@@ -79,7 +79,9 @@ def measure_prefill(
     for name in ("full", "sink_recent", "snapkv", "atskv", "relevance"):
         given = budget if name in ("atskv", "relevance") else Budget(compression_ratio=ratio)
         given = Budget() if name == "full" else given
-        variants[name] = lambda name=name, given=given: compress(model, ids, make_policy(name), given)
+        variants[name] = lambda name=name, given=given: compress(
+            model, ids, make_policy(name), given, tokenizer=tokenizer
+        )
     kvzip: Any = make_policy("kvzip")
     variants[KVZIP] = lambda: kvzip.keep_model(untouched, ids, Budget(compression_ratio=ratio), tokenizer)
     seconds = side_by_side(variants, rounds)
@@ -89,11 +91,14 @@ def measure_prefill(
         name: statistics.median(each) - statistics.median(seconds[REFERENCE])
         for name, each in seconds.items()
     }
+    for name in limits:
+        both = zip(seconds[name], seconds["full"], strict=True)
+        print(f"  {name} over compress without eviction: x {statistics.median(a / b for a, b in both):.3f}")
     print(f"  extra cost of atskv / extra cost of kvzip: {extra['atskv'] / extra[KVZIP]:.4f}  limit 0.1")
 
 
 def measure_decode(
-    untouched: Any, model: Any, ids: torch.Tensor, ratio: float, rounds: int, steps: int
+    untouched: Any, model: Any, tokenizer: Any, ids: torch.Tensor, ratio: float, rounds: int, steps: int
 ) -> None:
     """One token after the other from caches that stay as they are between rounds (cropped back)."""
     kept = Budget(compression_ratio=ratio).n_kept(ids.shape[1])
@@ -112,6 +117,7 @@ def measure_decode(
             ids,
             make_policy(method),
             Budget(compression_ratio=ratio, scope=scope),  # type: ignore[arg-type]
+            tokenizer=tokenizer,
         )
         caches[name] = model, cache
         counts = cache.stored_counts()
@@ -166,7 +172,8 @@ def main() -> None:
     if args.measure != "decode":
         measure_prefill(untouched, model, tokenizer, ids[:, : args.prefill_tokens], args.ratio, args.rounds)
     if args.measure != "prefill":
-        measure_decode(untouched, model, ids[:, : args.decode_tokens], args.ratio, args.rounds, args.steps)
+        context = ids[:, : args.decode_tokens]
+        measure_decode(untouched, model, tokenizer, context, args.ratio, args.rounds, args.steps)
 
 
 if __name__ == "__main__":
