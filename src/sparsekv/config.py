@@ -183,7 +183,7 @@ class EvalConfig(Strict):
     truncate : cut the end of a context that is longer than the model allows, as kvpress does; else an error
     limit : at most this many rows per task, of every benchmark
     max_new_tokens : instead of each task's own limit
-    batch_cells : decode the cells of one example as one batch
+    batch_cells : decode the cells of one example as one batch; two-tier cells, with those of other examples
     batch_rows : and so many examples of a task side by side, where memory allows; they are written down together
     cost_rows : rows per cell for the separate cost pass; 0 leaves the times null
     cost_tasks : measure them on the first so many tasks of each context length only (times hardly depend on the task);

@@ -19,10 +19,10 @@ from transformers.cache_utils import Cache
 
 from sparsekv import architecture
 from sparsekv.attention import prepare
-from sparsekv.cache.attended import attended_fractions
 from sparsekv.cache.join import join
 from sparsekv.cache.rope import inverse_frequencies
 from sparsekv.cache.sparse import DecodeEviction, SparseCache, require_sparse
+from sparsekv.cache.step_report import attended_fractions
 from sparsekv.cache.steps import install_steps
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError, unknown
@@ -307,12 +307,13 @@ def _read_whole(model: Any, input_ids: Tensor, cache: SparseCache, policy: Polic
 class Answer:
     """Generated token ids of one row, and why it ended: "eos" or "length".
 
-    `attended_fraction`: entries that its last step attended to over those stored, in both tiers where there are two.
+    `attended_fraction`: entries that its last step attended to over those stored, in both tiers where there are two;
+    None unless it was asked for.
     """
 
     token_ids: list[int]
     finish_reason: Literal["eos", "length"]
-    attended_fraction: float = 1.0
+    attended_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -348,13 +349,16 @@ STILL_GOING = 0.75
 
 
 @torch.no_grad()
-def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]) -> list[list[Answer]]:
+def decode_together(
+    model: Any, asked: Sequence[Asked], eos_ids: Collection[int], *, with_attended: bool = False
+) -> list[list[Answer]]:
     """Greedy answers to several questions; the rows of all caches decode as one batch.
 
     Parameters
     ----------
     asked : at least one; several need caches that can be joined (of one `cache.join.join_key`)
     eos_ids : token ids that end an answer
+    with_attended : tell each answer's `attended_fraction`, which takes a while where there are two tiers
 
     Returns
     -------
@@ -366,13 +370,17 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
     generation from the second new token on.
     """
     first = [_next_tokens(model, one.cache, one.question_ids.expand(one.cache.batch, -1)) for one in asked]
-    cache = asked[0].cache if len(asked) == 1 else join([one.cache for one in asked])
+    cache = asked[0].cache
+    if len(asked) > 1:
+        cache = join([one.cache for one in asked])
+        for one in asked:  # twice in memory no longer than it takes to copy them
+            _give_back(one.cache)
     ids = torch.cat(first)
     rooms = [one.max_new_tokens for one, tokens in zip(asked, first, strict=True) for _ in tokens]
     answers: list[list[int]] = [[] for _ in rooms]
     ended: list[bool] = [False] * len(rooms)
     reasons: list[Literal["eos", "length"]] = ["length"] * len(rooms)
-    attended = [1.0] * len(rooms)
+    attended: list[float | None] = [None] * len(rooms)
     batch = list(range(len(rooms)))  # the answer that each row of the batch belongs to
     stop = set(eos_ids)
     while True:
@@ -384,7 +392,7 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
             if len(answers[row]) > 1 and token in stop:
                 reasons[row] = "eos"
             ended[row] = reasons[row] == "eos" or len(answers[row]) == rooms[row]
-            if ended[row]:
+            if ended[row] and with_attended:
                 fractions = fractions or attended_fractions(cache)
                 attended[row] = fractions[place]
         going = torch.tensor([not ended[row] for row in batch])
@@ -396,6 +404,13 @@ def decode_together(model: Any, asked: Sequence[Asked], eos_ids: Collection[int]
         ids = _next_tokens(model, cache, ids)
     found = iter([Answer(*one) for one in zip(answers, reasons, attended, strict=True)])
     return [[next(found) for _ in tokens] for tokens in first]
+
+
+def _give_back(cache: SparseCache) -> None:
+    if isinstance(cache, TieredCache):
+        cache.close()
+    else:
+        cache.reset()
 
 
 def _next_tokens(model: Any, cache: SparseCache, ids: Tensor) -> Tensor:

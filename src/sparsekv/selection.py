@@ -215,10 +215,19 @@ class StepSelection:
     attended: Tensor
 
     def attended_fraction(self, stored: Tensor) -> float:
-        """Attended entries over stored ones. `stored` is a BoolTensor that broadcasts to `attended`."""
-        stored = stored.expand_as(self.attended) if stored.shape != self.attended.shape else stored
-        total = int(stored.sum())
-        return float((self.attended & stored).sum()) / total if total else 1.0
+        """Attended entries over stored ones, 1.0 of none. `stored` is a BoolTensor that broadcasts to `attended`."""
+        attended, total = self._counts(stored)
+        return float(attended.sum() / total.sum()) if total.sum() else 1.0
+
+    def attended_fractions(self, stored: Tensor) -> list[float]:
+        """The same of each row."""
+        attended, total = self._counts(stored)
+        return torch.where(total > 0, attended / total.clamp(min=1), 1.0).tolist()
+
+    def _counts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row: entries attended to, and stored."""
+        stored = stored.expand_as(self.attended)
+        return tuple(x.flatten(1).sum(dim=1).double() for x in (self.attended & stored, stored))  # type: ignore[return-value]
 
 
 @dataclass

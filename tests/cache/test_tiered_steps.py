@@ -132,7 +132,7 @@ def test_layers_look_in_turns_once_an_answer_has_begun(monkeypatch):
     stepped_logits(model, cache, some_ids(), None, [1] * (N - 3))
     layers = [index for index, _ in cache.tiered_layers()]
     eager = {(T + 3 + n, index) for n in range(1, EAGER + 1) for index in layers}
-    turns = {(seen, i) for seen in range(T + 4, T + N + 1) for i in layers if (seen + i) % EVERY == 0}
+    turns = {(seen, i) for seen in range(T + 4, T + N + 1) for i in layers if (seen - T - 3 + i) % EVERY == 0}
     assert looks == eager | turns | full
     assert full and len(turns - eager - full) > N // EVERY
 

@@ -105,9 +105,9 @@ def test_prompts_side_by_side_are_answered_as_each_alone(
     sizes: list[int] = []
     decode = decode_together
 
-    def counted(model: Any, questions: Any, eos_ids: Any) -> Any:
+    def counted(model: Any, questions: Any, eos_ids: Any, **options: Any) -> Any:
         sizes.append(len(questions))
-        return decode(model, questions, eos_ids)
+        return decode(model, questions, eos_ids, **options)
 
     monkeypatch.setattr("sparsekv.evaluation.answers.decode_together", counted)
     assert answerer.answer_many(asked) == alone

@@ -227,10 +227,10 @@ def test_a_context_may_be_read_in_chunks(answerer: Answerer) -> None:
 
 
 def test_answers_do_not_depend_on_what_else_is_asked(answerer: Answerer) -> None:
-    prompt = assemble(example(), answerer.tokenizer)
-    found = chosen("full", tiered("knorm"), "knorm")
-    together = answerer.answer(prompt, found)
-    assert together == [answerer.answer(prompt, [setting])[0] for setting in found]
+    prompts = [assemble(one, answerer.tokenizer) for one in (example(), replace(example(), question="Rye?"))]
+    found = chosen("full", tiered("knorm", page_size=4), "knorm")
+    together = answerer.answer_many([(prompt, found) for prompt in prompts])
+    assert together == [[answerer.answer(prompt, [s])[0] for s in found] for prompt in prompts]
 
 
 def test_prompts_with_two_tiers_decode_side_by_side(
@@ -240,9 +240,9 @@ def test_prompts_with_two_tiers_decode_side_by_side(
     batches: list[int] = []
     decode = answers.decode_together
 
-    def counted(model: Any, asked: Any, ends: Any) -> Any:
+    def counted(model: Any, asked: Any, ends: Any, **options: Any) -> Any:
         batches.append(len(asked))
-        return decode(model, asked, ends)
+        return decode(model, asked, ends, **options)
 
     monkeypatch.setattr(answers, "decode_together", counted)
     shorter = replace(example(), context=example().context[60:], example_id="e/1", max_new_tokens=9)

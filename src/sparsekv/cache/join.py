@@ -24,8 +24,8 @@ def join_key(cache: SparseCache) -> Hashable | None:
     if cache.rotary is not None or cache.decode is not None or len(cache.compressible) < len(cache.layers):
         return None
     if isinstance(cache, TieredCache):
-        key = tiered_copies.join_key(cache)
-        return None if key is None else (TieredCache, key)
+        settings = tiered_copies.recall_settings(cache)
+        return None if settings is None else (TieredCache, settings)
     read_by_step = any(layer.reader is not None for _, layer in cache.sparse_layers())
     return None if read_by_step else SparseCache
 
@@ -33,8 +33,8 @@ def join_key(cache: SparseCache) -> Hashable | None:
 def join(caches: Sequence[SparseCache]) -> SparseCache:
     """The rows of all caches, one after the other. Copies; the caches stay as they are.
 
-    All end at the same column: what saw fewer tokens than the longest counts as padded on the left, and the padding was
-    never stored. A joint passive tier is in CPU memory, its pages are made anew.
+    All end at the same column: what saw fewer tokens than the longest counts as padded on the left; padding is not
+    stored, also where a cache stored some. A joint passive tier is in CPU memory; its pages are those of the caches.
 
     Raises
     ------
@@ -59,5 +59,6 @@ def join(caches: Sequence[SparseCache]) -> SparseCache:
 def _joined(caches: Sequence[SparseCache], seen: int) -> SparseCache:
     joined = SparseCache(caches[0].config)
     for index in joined.compressible:
-        joined.layers[index] = SparseLayer.joined([cache.layers[index] for cache in caches], seen)
+        layers = [cache.layers[index] for cache in caches]
+        joined.layers[index] = SparseLayer.joined(layers, seen, [cache.real for cache in caches])
     return joined

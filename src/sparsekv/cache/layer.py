@@ -231,12 +231,15 @@ class SparseLayer(CacheLayerMixin):
         return twin
 
     @classmethod
-    def joined(cls, layers: Sequence[SparseLayer], seen: int) -> SparseLayer:
-        """The rows of all `layers` as one, as if each had seen `seen` columns, the first of them padding. Copies."""
+    def joined(cls, layers: Sequence[SparseLayer], seen: int, real: Sequence[Tensor | None]) -> SparseLayer:
+        """The rows of all `layers` as one, as if each had seen `seen` columns, the first of them padding. Copies.
+
+        `real` is each layer's BoolTensor [B, T seen], False for padding; None: it has none.
+        """
         twin, first = cls(), layers[0]
         twin.dtype, twin.device, twin.is_initialized = first.dtype, first.device, True
         twin.n_kv_heads = first.n_kv_heads
-        twin._store = Segments.joined([layer.store for layer in layers], seen)
+        twin._store = Segments.joined([layer.store for layer in layers], seen, real)
         return twin
 
     # ---- rows, snapshots, cropping ------------------------------------------------------------------------------

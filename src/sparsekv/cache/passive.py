@@ -10,6 +10,7 @@ come back is the tiered cache's business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sparsekv.cache.holdings import Holdings
 from sparsekv.cache.pages import PAGE_SIZE, LayerBounds, LayerIndex
-from sparsekv.cache.places import Ints, Request
+from sparsekv.cache.places import NONE, Ints, Places, Request
 from sparsekv.errors import ConfigError
 
 
@@ -172,6 +173,40 @@ class PassiveStore(Holdings):
             none = torch.zeros(0, dtype=torch.int64)
             return PageEntries(none.new_zeros(rows, heads), none, *self._nothing())
         return self.peek_pages(layer, self.all_pages(layer, rows, heads))
+
+    def put_rows_of(
+        self,
+        layer: int,
+        stores: Sequence[PassiveStore],
+        rows: Sequence[int],
+        heads: int,
+        shifts: Sequence[int],
+    ) -> None:
+        """Copies of what other stores hold of a layer, of which this one holds nothing yet.
+
+        Parameters
+        ----------
+        rows : of each store; they come one after the other
+        heads : kv heads
+        shifts : what is added to each store's columns
+
+        Pages stay as they are, so that a row's are scored, and filled up, as in its own store.
+        """
+        self._check_open()
+        if self._places(layer).n_entries:
+            raise ConfigError(f"layer {layer} of the passive store holds entries already")
+        parts = [store.all_entries(layer, n, heads) for store, n in zip(stores, rows, strict=True)]
+        held = [part for part in parts if len(part.columns)]  # an empty store knows no head size
+        if not held:
+            return
+        entry = LayerIndex(self.page_size)
+        entry.places = Places.stacked([store._places(layer) for store in stores], rows, heads, shifts)
+        keys, values = (torch.cat([getattr(part, name) for part in held]) for name in ("keys", "values"))
+        self._check_entries(entry.places.n_entries, keys, values)
+        self.dtype, self.width, self.device = keys.dtype, keys.shape[1], keys.device
+        slots = self._log(layer).append(keys, values)
+        entry.places.slot[entry.places.slot != NONE] = slots
+        self._layers[layer] = entry
 
     def _pages(self, layer: int, chosen: Tensor, *, take: bool) -> PageEntries:
         self._check_open()

@@ -10,7 +10,7 @@ packed [N], row-major over (row, kv head). Integers only: this module knows noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -126,6 +126,33 @@ class Places:
         twin = Places(self.page_size)
         twin.place, twin.slot, twin.column = self.place.copy(), self.slot.copy(), self.column.copy()
         twin.fill, twin.n_entries = self.fill.copy(), self.n_entries
+        return twin
+
+    @classmethod
+    def stacked(
+        cls, parts: Sequence[Places], rows: Sequence[int], heads: int, shifts: Sequence[int]
+    ) -> Places:
+        """The rows of all parts, `rows` of each, one after the other; pages, holes and all.
+
+        A part's columns move up by its shift. Slots are numbered anew, from 0 in the order of (row, kv head, place).
+        """
+        twin = cls(parts[0].page_size)
+        n_places = max(part.slot.shape[2] for part in parts)
+        slots, columns, fills = [], [], []
+        for part, n_rows, shift in zip(parts, rows, shifts, strict=True):
+            part.fit(n_rows, heads)
+            shape = (n_rows, heads, n_places)
+            slots.append(padded(part.slot[:n_rows, :heads], shape, NONE))
+            columns.append(padded(part.column[:n_rows, :heads], shape, NONE) + shift)
+            fills.append(part.fill[:n_rows, :heads])
+        twin.slot, twin.column, twin.fill = (np.concatenate(arrays) for arrays in (slots, columns, fills))
+        held = twin.slot != NONE
+        twin.n_entries = int(held.sum())
+        twin.slot[held] = np.arange(twin.n_entries)
+        fill, known = twin.fill, int(twin.column[held].max(initial=NONE)) + 1
+        twin.place = np.full((*fill.shape, known), NONE, np.int32)
+        twin._number()
+        twin.fill = fill  # a page goes on where it ended, also after entries at its end have left
         return twin
 
     def live_slots(self) -> Ints:

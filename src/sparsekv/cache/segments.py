@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekv.cache.rope import Rotation
 from sparsekv.errors import ConfigError
@@ -245,13 +245,21 @@ class Segments:
         return out, moved, base[moved]
 
     @staticmethod
-    def joined(parts: Sequence[Segments], seen: int) -> Segments:
-        """The rows of all parts; each part's newest column becomes `seen` - 1, and all entries are prefix."""
-        keys, values, columns = [], [], []
-        for part in parts:
+    def joined(parts: Sequence[Segments], seen: int, real: Sequence[Tensor | None]) -> Segments:
+        """The rows of all parts; each part's newest column becomes `seen` - 1, and all entries are prefix.
+
+        `real` is each part's BoolTensor [B, T seen]: what it has False for, padding, is left out. None: all is real.
+        """
+        keys, values, columns, counts = [], [], [], []
+        for part, own in zip(parts, real, strict=True):
             if part.moved is not None:
                 raise ConfigError("re-rotated keys can't be joined with others")
-            _, column, slot = part.live()
+            segment, column, slot = part.live()
+            if own is not None:
+                known = nn.functional.pad(own, (0, part.seen - own.shape[1]), value=True).to(column.device)
+                stays = known[segment // part.n_kv_heads, column]
+                segment, column, slot = segment[stays], column[stays], slot[stays]
+            counts += torch.bincount(segment, minlength=len(part.counts)).tolist()
             keys.append(part.keys.index_select(0, slot))
             values.append(part.values.index_select(0, slot))
             columns.append((column + seen - part.seen).to(torch.int32))
@@ -259,7 +267,7 @@ class Segments:
             keys=torch.cat(keys),
             values=torch.cat(values),
             columns=torch.cat(columns),
-            counts=tuple(count + part.tail for part in parts for count in part.counts),
+            counts=tuple(counts),
             tail=0,
             room=0,
             seen=seen,

@@ -216,22 +216,17 @@ class TieredCache(SparseCache):
     @property
     def attended_fraction(self) -> float:
         """Entries that the last forward attended to over those of both tiers."""
-        attended, stored = self._last_step_counts()
-        return float(attended.sum() / stored.sum().clamp(min=1))
+        selection, stored = self._compressible_last_step()
+        return selection.attended_fraction(stored)
 
     def attended_fractions(self) -> list[float]:
         """The same of each row."""
-        attended, stored = self._last_step_counts()
-        return (attended / stored.clamp(min=1)).tolist()
+        selection, stored = self._compressible_last_step()
+        return selection.attended_fractions(stored)
 
-    def _last_step_counts(self) -> tuple[Tensor, Tensor]:
-        """FloatTensors [B]: entries that the last forward attended to, and those it could have."""
+    def _compressible_last_step(self) -> tuple[StepSelection, Tensor]:
         selection, stored = self.last_step()
-        layers = self.compressible
-        attended = selection.attended & stored
-        return attended[:, layers].flatten(1).double().sum(dim=1), stored[:, layers].flatten(1).double().sum(
-            dim=1
-        )
+        return StepSelection(selection.attended[:, self.compressible]), stored[:, self.compressible]
 
     # ---- reading a context --------------------------------------------------------------------------------------
 
@@ -240,7 +235,16 @@ class TieredCache(SparseCache):
         """While a policy decides, the cache may hold more than the active size; then the rest leaves.
 
         Each head's share of the active size is then what the policy left there, so unequal heads stay unequal.
+
+        Raises
+        ------
+        ConfigError
+            If the rows have active sizes of their own (`join`): these would be lost.
         """
+        if self.tiers.uneven:
+            raise ConfigError(
+                "this cache joins rows whose active sizes differ, so it can't be compressed again; do so before"
+            )
         self.belong_to(model)
         self.tiers.held = decides
         try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def copied(cache: TieredCache) -> TieredCache:
-    """An independent cache of one row with the same entries in both tiers."""
+    """An independent cache with the same entries in both tiers."""
     twin = _empty_like(cache, cache.tiers.active.written())
     twin.tokenizer, twin.seeds = cache.tokenizer, cache.seeds
     twin.real, twin.ids = cache.real, cache.ids
@@ -32,8 +32,8 @@ def copied(cache: TieredCache) -> TieredCache:
     return twin
 
 
-def join_key(cache: TieredCache) -> Hashable | None:
-    """Caches of equal keys can be `joined`. None: it can be joined with none, its active size is in bytes for all rows.
+def recall_settings(cache: TieredCache) -> Hashable | None:
+    """Caches of equal settings can be `joined`. None: with no other, its active size is in bytes for all rows.
 
     Active sizes in tokens may differ: each row keeps its own.
     """
@@ -44,15 +44,17 @@ def join_key(cache: TieredCache) -> Hashable | None:
 
 
 def joined(caches: Sequence[TieredCache], seen: int) -> TieredCache:
-    """The rows of all caches, whose `join_key`s are equal, as if each had seen `seen` columns, padding first.
+    """The rows of all caches, whose `recall_settings` are equal, as if each had seen `seen` columns, padding first.
 
-    `real` is left to the caller.
+    All rows look for what to recall as if the last forward of several tokens had ended for all where it did for the
+    latest. `real` is left to the caller.
     """
     active = [cache.tiers.active.tokens or 0 for cache in caches]
     twin = _empty_like(caches[0], max(active))
+    twin.tiers.uneven = len(set(active)) > 1
     for index in twin.compressible:
         layers = [cache.layers[index] for cache in caches]
-        store = Segments.joined([layer.store for layer in layers], seen)
+        store = Segments.joined([layer.store for layer in layers], seen, [cache.real for cache in caches])
         shares = [
             (torch.ones(len(layer.store.counts)) if layer.share is None else layer.share).double()
             * own
@@ -93,15 +95,13 @@ def _side_by_side(
     layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
     layer.n_kv_heads, layer.share, layer.asked_at = like.n_kv_heads, share, asked_at
     layer.replace_store(store)
-    parts = [cache.tiers.store.all_entries(index, cache.batch, layer.n_kv_heads) for cache in caches]
-    columns = [part.columns + store.seen - cache.seen for part, cache in zip(parts, caches, strict=True)]
-    if any(len(part) for part in columns):
-        held = [part for part in parts if len(part.columns)]  # an empty store knows no head size
-        twin.tiers.store.put_layer(
-            index,
-            torch.cat([part.counts for part in parts]),
-            torch.cat(columns),
-            torch.cat([part.keys for part in held]),
-            torch.cat([part.values for part in held]),
-        )
+    rows, shifts = [cache.batch for cache in caches], [store.seen - cache.seen for cache in caches]
+    stores = [cache.tiers.store for cache in caches]
+    twin.tiers.store.put_rows_of(index, stores, rows, layer.n_kv_heads, shifts)
+    first = 0
+    for cache, n_rows, shift in zip(caches, rows, shifts, strict=True):
+        noted = cache.layers[index].attended_passive
+        if noted is not None:
+            layer.note_attended(noted[0] + first * layer.n_kv_heads, noted[1] + shift)
+        first += n_rows
     return layer

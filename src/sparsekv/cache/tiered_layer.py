@@ -42,7 +42,8 @@ class TieredLayer(SparseLayer):
         self.index, self.tiers = index, tiers
         self.recall: Reader | None = None
         self.share: Tensor | None = None
-        """FloatTensor [S]: each segment's part of the active size, 1 on average; None: 1 everywhere."""
+        """FloatTensor [S]: each segment's part of the active size, 1 on average over a row (or, where rows have sizes
+        of their own, the row's part of the largest); None: 1 everywhere."""
         self.attended_passive: Ints | None = None
         """int64 [2, any]: segments and columns that the last forward attended to and that are passive now."""
         self.asked_at = 0

@@ -50,6 +50,8 @@ class Tiers:
         While a policy reads a context: the active size isn't enforced, so that the policy chooses among everything.
     decode : DecodeEviction, optional
         The policy that evicts while tokens are generated.
+    uneven : bool
+        Rows have active sizes of their own, told by the layers' shares.
     """
 
     active: ActiveSize
@@ -62,6 +64,7 @@ class Tiers:
     real: Tensor | None = None
     held: bool = False
     decode: DecodeEviction | None = None
+    uneven: bool = False
 
     def real_columns(self, seen: int) -> Bools | None:
         """[B, T seen]: the columns that are no padding, or None if there is none."""

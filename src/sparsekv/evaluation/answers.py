@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from sparsekv.cache.attended import attended_fractions
 from sparsekv.cache.join import join_key
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
+from sparsekv.cache.step_report import attended_fractions
 from sparsekv.cache.steps import step_bytes
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.cells import Setting
@@ -35,7 +35,8 @@ Sizes: TypeAlias = tuple[float, int, int]
 """Achieved compression, bytes, bytes of the full cache."""
 
 BATCH_BYTES = 2 * 2**30
-"""Caches that decode side by side take at most this much; a longer context decodes in more batches."""
+"""Caches that wait to decode side by side take at most this much (twice that while they are put together); a longer
+context decodes in more batches."""
 
 
 def example_seed(seed: int, example_id: str) -> int:
@@ -60,7 +61,7 @@ class Answerer:
     model, tokenizer : from `load_model`
     seed : the run's seed
     longest : tokens the model can read; keys are re-rotated where a chunked context is longer
-    batch_cells : decode the settings that share a prefill as one batch
+    batch_cells : decode the settings that share a prefill as one batch, and two-tier caches of several prompts
     """
 
     model: Any
@@ -88,7 +89,7 @@ class Answerer:
         return self.answer_many([(prompt, settings)])[0]
 
     def answer_many(self, asked: Sequence[tuple[Prompt, Sequence[Setting]]]) -> list[list[Reply]]:
-        """Replies to several prompts, one per setting of each; what shares a prefill decodes side by side."""
+        """Replies to several prompts, one per setting of each; what can share a batch decodes side by side."""
         replies: list[dict[int, Reply]] = [{} for _ in asked]
         queues: defaultdict[Hashable, list[_Batch]] = defaultdict(list)
         for batch in self._batches(asked):
@@ -98,12 +99,9 @@ class Answerer:
                 continue
             waiting = [one for queue in queues.values() for one in queue]
             if sum(one.n_bytes for one in [*waiting, batch]) > BATCH_BYTES:
-                for queue in queues.values():
-                    self._respond_to(queue, replies)
-                queues.clear()
+                self._respond_to_all(queues, replies)
             queues[kind].append(batch)
-        for queue in queues.values():
-            self._respond_to(queue, replies)
+        self._respond_to_all(queues, replies)
         for (prompt, settings), found in zip(asked, replies, strict=True):
             for index, setting in enumerate(settings):
                 if index not in found:
@@ -206,6 +204,12 @@ class Answerer:
                 read.cache.reset()
             yield _Batch(place, prompt, cache, {index: sizes[index] for index in batch})
 
+    def _respond_to_all(
+        self, queues: dict[Hashable, list[_Batch]], replies: Sequence[dict[int, Reply]]
+    ) -> None:
+        while queues:
+            self._respond_to(queues.popitem()[1], replies)
+
     def _respond_to(self, batches: Sequence[_Batch], replies: Sequence[dict[int, Reply]]) -> None:
         """Decode batches side by side and put down each setting's reply under its prompt's place."""
         answers = self._respond([(batch.prompt, batch.cache) for batch in batches]) if batches else []
@@ -259,11 +263,11 @@ class Answerer:
                     str(self.tokenizer.decode(a.token_ids, skip_special_tokens=True)),
                     a.finish_reason,
                     None,
-                    a.attended_fraction,
+                    1.0 if a.attended_fraction is None else a.attended_fraction,
                 )
                 for a in rows
             ]
-            for rows in decode_together(self.model, questions, end_ids(self.model))
+            for rows in decode_together(self.model, questions, end_ids(self.model), with_attended=True)
         ]
 
 

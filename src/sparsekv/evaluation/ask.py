@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsekv.architecture import max_context
 from sparsekv.benchmarks.base import Example
+from sparsekv.cache.step_report import attended_fractions
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.advice import CONFIG, Advice
 from sparsekv.evaluation.answers import Answerer, end_ids
@@ -174,5 +175,5 @@ def _answer(answerer: Answerer, setting: Setting, prompt: Prompt) -> Report:
         select_s,
         answer_s,
         len(answer.token_ids),
-        answer.attended_fraction,
+        attended_fractions(cache)[0],
     )

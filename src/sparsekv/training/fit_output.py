@@ -107,7 +107,7 @@ def fit_card(settings: Mapping[str, Any], report: Mapping[str, Any], *, license_
         "",
         f'model, tokenizer = load_model("{base}", adapter="fitted")',
         'ids = tokenizer("a long context", return_tensors="pt").input_ids',
-        'cache = compress(model, ids, "relevance", Budget(compression_ratio=0.7, scope="model"))',
+        'cache = compress(model, ids, "relevance", Budget(compression_ratio=0.7, scope="model"), tokenizer=tokenizer)',
         "```",
         "",
         "In an evaluation: `sparsekv eval CONFIG adapter=fitted`, method `relevance`, `budget_scope: model`.",
