@@ -374,7 +374,7 @@ def decode_together(
     if len(asked) > 1:
         cache = join([one.cache for one in asked])
         for one in asked:  # twice in memory no longer than it takes to copy them
-            _give_back(one.cache)
+            one.cache.close()
     ids = torch.cat(first)
     rooms = [one.max_new_tokens for one, tokens in zip(asked, first, strict=True) for _ in tokens]
     answers: list[list[int]] = [[] for _ in rooms]
@@ -404,13 +404,6 @@ def decode_together(
         ids = _next_tokens(model, cache, ids)
     found = iter([Answer(*one) for one in zip(answers, reasons, attended, strict=True)])
     return [[next(found) for _ in tokens] for tokens in first]
-
-
-def _give_back(cache: SparseCache) -> None:
-    if isinstance(cache, TieredCache):
-        cache.close()
-    else:
-        cache.reset()
 
 
 def _next_tokens(model: Any, cache: SparseCache, ids: Tensor) -> Tensor:

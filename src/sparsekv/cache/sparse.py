@@ -380,6 +380,10 @@ class SparseCache(Cache):
         super().batch_select_indices(rows)
         self._take(rows)
 
+    def close(self) -> None:
+        """Give everything back: for a cache that is not needed any more."""
+        self.reset()
+
     def reset(self) -> None:
         """Forget everything."""
         for index, layer in enumerate(self.layers):
