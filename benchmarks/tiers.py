@@ -4,10 +4,12 @@
 
 For every layer of a context, keys and values of all kv heads are put into a store as one batch, read (peek), bounded by
 their page summaries, and taken out again: named by columns, and by pages. Beside each put the same bytes are copied
-plainly: into memory that was there before ("warm", the faster and so the stricter), into new memory, and, for the
-disk store, into a newly made mapped file and out of it. Printed are medians over all layers and rounds, and their
-ratios to the warm memcpy. The disk store's figures contain its checksums; its files are looked at again 0.1 s after the
-puts, because a file that has just been written to is checked at every read. A model of 8 billion parameters:
+plainly: into memory that was there before ("warm": the fastest, which nothing that keeps or returns entries can be),
+into new memory that stays, as a store's does, into new memory that is given back at once, as what a caller reads is,
+and, for the disk store, into a newly made mapped file and out of it. Printed are medians over all layers and rounds,
+their ratios to the warm memcpy, and to the memcpy that does the same. The disk store's figures contain its checksums;
+its files are looked at again 0.1 s after the puts, because a file that has just been written to is checked at every
+read. A model of 8 billion parameters:
 
     python benchmarks/tiers.py --heads 8 --head-dim 128 --layers 8 --tokens 4096 16384
 
@@ -38,14 +40,20 @@ from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
 
+WARM = "memcpy, warm"
+STAYS, RETURNED = "memcpy, new memory that stays", "memcpy, new memory, given back"
+INTO_FILE, OUT_OF_FILE = "memcpy, into a new mapped file", "memcpy, out of a newly mapped file"
+
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Rates:
-    """Seconds by name; printed as GB/s and as a ratio to "memcpy, warm"."""
+    """Seconds by name; printed as GB/s, as a ratio to the warm memcpy, and to the memcpy that does the same."""
 
-    def __init__(self, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int, *, in_files: bool) -> None:
         self.n_bytes = n_bytes
+        into, out_of = (INTO_FILE, OUT_OF_FILE) if in_files else (STAYS, RETURNED)
+        self.alike = {"put": into, "peek": out_of, "take": out_of}
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
@@ -56,12 +64,12 @@ class Rates:
 
     def show(self, title: str) -> None:
         print(f"\n{title}, {self.n_bytes / 2**20:.2f} MiB per layer")
-        plain = statistics.median(self.seconds["memcpy, warm"])
-        for name, seconds in self.seconds.items():
-            median = statistics.median(seconds)
-            print(
-                f"  {name:34s} {1e3 * median:8.3f} ms  {self.n_bytes / median / 1e9:6.2f} GB/s  x {plain / median:.2f}"
-            )
+        medians = {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
+        for name, median in medians.items():
+            like = self.alike.get(name.partition(" ")[0])
+            same = f"  x {medians[like] / median:.2f} of {like}" if like else ""
+            rate = f"{self.n_bytes / median / 1e9:6.2f} GB/s  x {medians[WARM] / median:.2f}"
+            print(f"  {name:34s} {1e3 * median:8.3f} ms  {rate}{same}")
 
 
 def ragged(rows: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> Batch:
@@ -83,13 +91,15 @@ def pages_in_random_order(batch: Batch, page: int) -> tuple[torch.Tensor, torch.
     return torch.tensor(sizes).view(counts.shape), torch.cat(parts)
 
 
-def plain_copies(rates: Rates, batch: Batch, warm: list[torch.Tensor], folder: Path | None) -> None:
-    """The same bytes, copied by nothing but memcpy."""
+def plain_copies(
+    rates: Rates, batch: Batch, warm: list[torch.Tensor], folder: Path | None
+) -> list[torch.Tensor]:
+    """The same bytes, copied by nothing but memcpy; what is returned is the copy that stays."""
     source = batch[2:]
-    rates.time("memcpy, warm", lambda: [to[: len(x)].copy_(x) for to, x in zip(warm, source, strict=True)])
-    rates.time("memcpy, new memory", lambda: [x.clone() for x in source])
+    rates.time(WARM, lambda: [to[: len(x)].copy_(x) for to, x in zip(warm, source, strict=True)])
+    staying: list[torch.Tensor] = rates.time(STAYS, lambda: [x.clone() for x in source])
     if folder is None:
-        return
+        return staying
     path, size = folder / "plain", sum(x.nbytes for x in source)
 
     def into_file() -> None:
@@ -110,9 +120,10 @@ def plain_copies(rates: Rates, batch: Batch, warm: list[torch.Tensor], folder: P
             to[: len(x)].view(torch.uint8).view(-1).copy_(raw[start : start + x.nbytes])
             start += x.nbytes
 
-    rates.time("memcpy, into a new mapped file", into_file)
-    rates.time("memcpy, out of a newly mapped file", out_of_file)
+    rates.time(INTO_FILE, into_file)
+    rates.time(OUT_OF_FILE, out_of_file)
     path.unlink()
+    return staying
 
 
 def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, folder: Path | None) -> None:
@@ -120,11 +131,12 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
     width, dtype = batches[0][2].shape[1], batches[0][2].dtype
     longest = max(len(batch[1]) for batch in batches)
     warm = [torch.zeros(longest, width, dtype=dtype) for _ in range(2)]
-    rates = Rates(n_bytes)
+    rates = Rates(n_bytes, in_files=folder is not None)
     heads = tuple(batches[0][0].shape)
     for turn in range(rounds):
+        staying = []
         for layer, batch in enumerate(batches):
-            plain_copies(rates, batch, warm, folder)
+            staying.append(plain_copies(rates, batch, warm, folder))
             rates.time("put", lambda layer=layer, batch=batch: store.put_layer(layer, *batch))
         if turn == 0:
             entries = sum(len(batch[1]) for batch in batches)
@@ -136,6 +148,7 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
             time.sleep(0.1)
         for layer, batch in enumerate(batches):
             at = (layer, *batch[:2])
+            rates.time(RETURNED, lambda batch=batch: [x.clone() for x in batch[2:]])
             pages = (layer, *pages_in_random_order(batch, store.page_size))
             query = (layer, torch.randn(*heads, 3, width))
             rates.time("peek by columns", lambda at=at: store.peek_layer(*at))
@@ -149,6 +162,7 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
                 rates.time("take by pages", lambda every=every: store.take_pages(*every))
             else:
                 rates.time("take by columns", lambda at=at: store.take_layer(*at))
+        staying.clear()
     rates.show(name)
     store.close()
 
