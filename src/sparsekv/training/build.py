@@ -88,6 +88,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         relevance=shape,
         relevance_lr=options.lr,
         relevance_weight_decay=options.weight_decay,
+        relevance_start_share=options.start_share,
         press_share=config.press_share,
         lora=config.lora,
         tokenizer=tokenizer,

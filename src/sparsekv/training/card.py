@@ -193,6 +193,11 @@ def _settings(settings: Mapping[str, Any], lora: Mapping[str, Any] | None) -> li
         width = relevance["width"]
         kind = f"{width} hidden units" if width else "linear"
         rows.append(("predictors", f"{kind}, learning rate {relevance['lr']:g}"))
+        share = relevance.get("start_share")
+        if share:
+            rows.append(
+                ("weights of the predictors", f"{share:g} of the start's, {1 - share:g} of the trained ones")
+            )
     samples = settings["batch_size"] * settings["accumulation"]
     rows.append(("steps", f"{settings['steps']} of {samples} samples per process, seed {settings['seed']}"))
     rows.append(("learning rate", f"{settings['lr']:g}, {settings['schedule']}"))

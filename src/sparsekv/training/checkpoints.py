@@ -41,6 +41,7 @@ FREE_KEYS = frozenset(
         "save_every",
         "keep_checkpoints",
         "save_dtype",
+        "relevance.start_share",
     }
 )
 """What may differ between a checkpoint and the run that goes on from it: nothing that changes the weights."""
@@ -206,7 +207,7 @@ def check_settings(checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, A
         Names the first key that differs, in the order of `new`, with both values.
     """
     old, new = dict(_flat(old)), dict(_flat(new))
-    keys = [key for key in dict.fromkeys([*new, *old]) if re.split(r"[.\[]", key)[0] not in FREE_KEYS]
+    keys = [key for key in dict.fromkeys([*new, *old]) if not {key, re.split(r"[.\[]", key)[0]} & FREE_KEYS]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
         first = changed[0]

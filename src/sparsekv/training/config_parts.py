@@ -227,6 +227,8 @@ class RelevanceOptions(Strict):
     budget_weight : weight of relu(mean w - kept fraction)², for threshold "learned"
     n_sink, n_recent : first and last entries of the context that always stay
     start_from : folder with predictors (relevance.safetensors) to start from, instead of fresh ones
+    start_share : in [0, 1), what final/ holds: this much of the weights that `start_from` gave, the rest of those that
+        training ended with (`training.averaging`). It changes no step, and may differ when a run goes on.
     """
 
     enabled: bool = False
@@ -243,6 +245,15 @@ class RelevanceOptions(Strict):
     n_sink: int = Field(default=4, ge=0)
     n_recent: int = Field(default=16, ge=0)
     start_from: str | None = None
+    start_share: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_start(self) -> RelevanceOptions:
+        if self.start_share and self.start_from is None:
+            raise ValueError(
+                f"start_share {self.start_share:g} without start_from: there are no weights to average with"
+            )
+        return self
 
 
 class LoraOptions(Strict):

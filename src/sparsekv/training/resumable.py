@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from sparsekv.files import write_atomically
 from sparsekv.policies.base import Policy
 from sparsekv.relevance.files import load_relevance, save_relevance
 from sparsekv.relevance.predictor import Served, has_relevance, serve_as
+from sparsekv.training.averaging import Weights, averaged, measured_quantiles
 from sparsekv.training.checkpoints import (
     check_config,
     checkpoint_folder,
@@ -57,6 +60,8 @@ class ResumableTrainer(Trainer):
         Written into checkpoints, and compared when one is resumed.
     n_checkpoints : int or None
         How many whole ones stay.
+    start_share, start_weights : float, Weights
+        How much of the predictors' first weights is in what is served (`averaging`).
     """
 
     control: TrainerControl
@@ -67,6 +72,8 @@ class ResumableTrainer(Trainer):
     press_share: float
     config: TrainConfig | None
     n_checkpoints: int | None
+    start_share: float
+    start_weights: Weights
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. True goes on from the latest whole checkpoint of output_dir.
@@ -135,9 +142,21 @@ class ResumableTrainer(Trainer):
         `dtype`: of an adapter's or model's files; default: as it was trained.
         """
         plain: Any = self.accelerator.unwrap_model(self.model)
-        self.say_how_to_serve()
         trained = has_adapter(plain) or moves_without_adapters(plain)
-        save_weights(plain, folder, only_predictors=not trained, dtype=dtype)
+        with self.served_predictors(plain):
+            save_weights(plain, folder, only_predictors=not trained, dtype=dtype)
+
+    @contextmanager
+    def served_predictors(self, plain: Any) -> Iterator[None]:
+        """Within the context the model's predictors are those that are to be served, and know how."""
+        if not self.start_share or not has_relevance(plain):
+            self.say_how_to_serve()
+            yield
+            return
+        with averaged(plain, self.start_weights, self.start_share):
+            self.say_how_to_serve(measured_quantiles(self, self.train_dataset))
+            yield
+        self.say_how_to_serve()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step)
@@ -168,9 +187,11 @@ class ResumableTrainer(Trainer):
     def fold_scores(self) -> None:
         """Whatever a step left to be taken into the state."""
 
-    def say_how_to_serve(self) -> None:
+    def say_how_to_serve(self, quantiles: ScoreQuantiles | None = None) -> None:
         """Tell the predictors what they were trained with, so that their file says it: the relaxation's sizes, or those
         of the press where it alone has steps.
+
+        `quantiles`: of their scores; default: the running ones.
         """
         if not has_relevance(self.model):
             return
@@ -182,7 +203,9 @@ class ResumableTrainer(Trainer):
         threshold = 0.0
         if self.relaxation.threshold == "quantile":
             last = self.curriculum.ratio(self.state.global_step, max(self.state.max_steps, 1))
-            threshold = self.quantiles.threshold(getattr(self.curriculum, "end_ratio", last), _HARD)
+            threshold = (quantiles or self.quantiles).threshold(
+                getattr(self.curriculum, "end_ratio", last), _HARD
+            )
         serve_as(self.model, Served(self.relaxation.n_sink, self.relaxation.n_recent, threshold))
 
 

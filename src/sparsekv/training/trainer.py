@@ -31,6 +31,7 @@ from sparsekv.relevance.predictor import (
     has_relevance,
     relevance_modules,
 )
+from sparsekv.training.averaging import predictor_weights
 from sparsekv.training.collate import collator_for
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
@@ -95,6 +96,8 @@ class SparseKVTrainer(ResumableTrainer):
         Shape of fresh predictors, which a model gets that has none and is to train them.
     relevance_lr, relevance_weight_decay : float
         Of the predictors.
+    relevance_start_share : float in [0, 1)
+        What `save_weights` writes: this much of the predictors that the model came with, the rest of the trained ones.
     press_share : float in (0, 1], with both press and relaxation
         The fraction of the steps that run under the press.
     lora : LoraOptions, optional
@@ -131,6 +134,7 @@ class SparseKVTrainer(ResumableTrainer):
         relevance: RelevanceConfig | None = None,
         relevance_lr: float = 2e-2,
         relevance_weight_decay: float = 0.0,
+        relevance_start_share: float = 0.0,
         press_share: float = 0.0,
         lora: LoraOptions | None = LoraOptions(),  # noqa: B008 (frozen)
         tokenizer: Any = None,
@@ -180,6 +184,7 @@ class SparseKVTrainer(ResumableTrainer):
             attach_relevance(model, relevance, seed=args.seed)
         for module in relevance_modules(model).values():
             getattr(module, NAME).requires_grad_(trains_predictors)
+        self.start_share, self.start_weights = relevance_start_share, predictor_weights(model)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
