@@ -204,15 +204,21 @@ class RelevancePredictor(nn.Module):
     def hidden_part(self, hidden_states: Tensor) -> Tensor:
         """What the hidden states [B, T, C] contribute to g, fp32 [B, T, H]; only the bias if they are switched off."""
         with torch.autocast(hidden_states.device.type, enabled=False):
+            if not self.reads_hidden or self.hidden is not None:
+                return cast(Tensor, self.score(self.score_inputs(hidden_states)))
+            return _scaled_linear(self.score, *_with_scale(hidden_states))
+
+    def score_inputs(self, hidden_states: Tensor) -> Tensor:
+        """What the last linear map reads of the hidden states [B, T, C]: fp32 [B, T, C], or [B, T, width], or nothing
+        [B, T, 0] if they are switched off.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
             if not self.reads_hidden:
-                return cast(Tensor, self.score(hidden_states[..., :0].float()))
-            # dividing what a linear map returns is dividing what it is given, without a copy of every hidden state
-            states = hidden_states.float()
-            mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square() / states.shape[-1]
-            scale = torch.rsqrt(mean_square + 1e-6)
+                return hidden_states[..., :0].float()
+            states, scale = _with_scale(hidden_states)
             if self.hidden is None:
-                return _scaled_linear(self.score, states, scale)
-            return cast(Tensor, self.score(nn.functional.silu(_scaled_linear(self.hidden, states, scale))))
+                return states * scale
+            return nn.functional.silu(_scaled_linear(self.hidden, states, scale))
 
     def extra_of(self, ctx: LayerContext) -> Tensor | None:
         """The features [B, H, T, F] of a layer's entries that `forward` takes; see `features.extra_features`."""
@@ -301,8 +307,15 @@ def serve_as(model: Any, served: Served) -> Any:
     return model
 
 
+def _with_scale(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 states [B, T, C], and the factor [B, T, 1] that makes their root mean square 1."""
+    states = hidden_states.float()
+    mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square() / states.shape[-1]
+    return states, torch.rsqrt(mean_square + 1e-6)
+
+
 def _scaled_linear(layer: nn.Linear, states: Tensor, scale: Tensor) -> Tensor:
-    """W (s x) + b, with one factor s per token."""
+    """W (s x) + b, with one factor s per token: without a copy of every scaled state."""
     # this way round, since products with a few columns are slow: heads are few, tokens many
     product = (layer.weight @ states.transpose(-1, -2)).transpose(-1, -2)
     return torch.addcmul(layer.bias, product, scale)

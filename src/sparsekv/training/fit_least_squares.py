@@ -16,7 +16,7 @@ from sparsekv.policies.learned_scores import predictor_of
 from sparsekv.relevance.predictor import relevance_modules
 from sparsekv.training.fit_config import FitConfig
 from sparsekv.training.fit_solvers import Read, Solver, features_of, scored
-from sparsekv.training.fit_targets import Entries, log_targets
+from sparsekv.training.fit_targets import log_targets
 
 
 @dataclass
@@ -98,8 +98,8 @@ class LeastSquares(Solver):
         for entries, columns, _ in samples:
             targets = log_targets(entries, columns, self.config.futures.floor)
             for (index, each), of_layer in zip(entries.items(), targets, strict=True):
-                inputs, scores = inputs_and_scores(each, columns)
-                total += float((scores - of_layer).square().mean()) / len(entries)
+                total += float((scored(each, columns)[0] - of_layer).square().mean()) / len(entries)
+                inputs = predictor_of(each.module).score_inputs(each.hidden[:, columns])[0]
                 extra = features_of(each, columns)
                 sums = Sums.of(inputs, None if extra is None else extra[0], of_layer)
                 if index in self.sums:
@@ -127,15 +127,3 @@ class LeastSquares(Solver):
             int(index): Sums(**{name: value.to(device) for name, value in sums.items()})
             for index, sums in state.items()
         }
-
-
-def inputs_and_scores(entries: Entries, columns: slice) -> tuple[Tensor, Tensor]:
-    """(what the predictor's linear layer reads [n, C], its scores [H, n])."""
-    caught: list[Tensor] = []
-    layer = predictor_of(entries.module).score
-    handle = layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
-        scores = scored(entries, columns)
-    finally:
-        handle.remove()
-    return caught[0][0], scores[0]
