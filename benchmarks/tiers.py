@@ -5,11 +5,11 @@
 For every layer of a context, keys and values of all kv heads are put into a store as one batch, read (peek), bounded by
 their page summaries, and taken out again: named by columns, and by pages. Beside each put the same bytes are copied
 plainly: into memory that was there before ("warm": the fastest, which nothing that keeps or returns entries can be),
-into new memory that stays, as a store's does, into new memory that is given back at once, as what a caller reads is,
-and, for the disk store, into a newly made mapped file and out of it. Printed are medians over all layers and rounds,
-their ratios to the warm memcpy, and to the memcpy that does the same. The disk store's figures contain its checksums;
-its files are looked at again 0.1 s after the puts, because a file that has just been written to is checked at every
-read. A model of 8 billion parameters:
+into new memory that stays, as a memory store's does, into memory that is given back at once and so handed out again,
+as what a caller reads is, and, for the disk store, into a newly made mapped file and out of it. Printed are medians
+over all layers and rounds, their ratios to the warm memcpy and, for the memory store, to the memcpy that does the same.
+The disk store's figures contain its checksums; its files are looked at again 0.1 s after the puts, because a file that
+has just been written to is checked at every read. A model of 8 billion parameters:
 
     python benchmarks/tiers.py --heads 8 --head-dim 128 --layers 8 --tokens 4096 16384
 
@@ -41,19 +41,18 @@ from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
 
 WARM = "memcpy, warm"
-STAYS, RETURNED = "memcpy, new memory that stays", "memcpy, new memory, given back"
-INTO_FILE, OUT_OF_FILE = "memcpy, into a new mapped file", "memcpy, out of a newly mapped file"
+STAYS, RETURNED = "memcpy, new memory that stays", "memcpy, memory given back"
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Rates:
-    """Seconds by name; printed as GB/s, as a ratio to the warm memcpy, and to the memcpy that does the same."""
+    """Seconds by name; printed as GB/s, as a ratio to the warm memcpy, and to the memcpy that does the same, if any."""
 
     def __init__(self, n_bytes: int, *, in_files: bool) -> None:
         self.n_bytes = n_bytes
-        into, out_of = (INTO_FILE, OUT_OF_FILE) if in_files else (STAYS, RETURNED)
-        self.alike = {"put": into, "peek": out_of, "take": out_of}
+        # files have none: a store keeps its mapping and writes without one
+        self.alike = {} if in_files else {"put": STAYS, "peek": RETURNED, "take": RETURNED}
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
@@ -120,8 +119,8 @@ def plain_copies(
             to[: len(x)].view(torch.uint8).view(-1).copy_(raw[start : start + x.nbytes])
             start += x.nbytes
 
-    rates.time(INTO_FILE, into_file)
-    rates.time(OUT_OF_FILE, out_of_file)
+    rates.time("memcpy, into a new mapped file", into_file)
+    rates.time("memcpy, out of a newly mapped file", out_of_file)
     path.unlink()
     return staying
 
@@ -136,7 +135,9 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
     for turn in range(rounds):
         staying = []
         for layer, batch in enumerate(batches):
-            staying.append(plain_copies(rates, batch, warm, folder))
+            copy = plain_copies(rates, batch, warm, folder)
+            if folder is None:
+                staying.append(copy)
             rates.time("put", lambda layer=layer, batch=batch: store.put_layer(layer, *batch))
         if turn == 0:
             entries = sum(len(batch[1]) for batch in batches)

@@ -11,34 +11,41 @@ from safetensors.torch import load_file
 
 from sparsekv.errors import ConfigError
 from sparsekv.relevance import RELEVANCE_FILE, attach_relevance, load_relevance, save_relevance
-from sparsekv.relevance.predictor import NAME, relevance_modules, served_of
+from sparsekv.relevance.predictor import NAME, RelevanceConfig, relevance_modules, served_of
 from sparsekv.training import FixedCurriculum, SparseKVTrainer
 from sparsekv.training.averaging import averaged, measured_quantiles, predictor_weights
 from sparsekv.training.checkpoints import check_settings
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.relaxation import Relaxation
+from sparsekv.training.samples import StreamedSamples
 from toy import tiny_model
 from training.toy_trainer import trainer_for
 
 RATIO = 0.5
 
 
+def given(**changes: Any) -> dict[str, Any]:
+    """What a trainer of predictors that a model came with is given."""
+    settings = {"share": 0.5, "threshold": "quantile", "config": RelevanceConfig(), **changes}
+    return {
+        "model": attach_relevance(tiny_model("llama", num_hidden_layers=2), settings["config"]),
+        "relaxation": Relaxation(n_sink=1, n_recent=3, threshold=settings["threshold"]),
+        "curriculum": FixedCurriculum(RATIO),
+        "relevance_lr": 0.5,
+        "relevance_start_share": settings["share"],
+    }
+
+
 def trained(folder: Path, *, share: float, threshold: Any = "quantile") -> SparseKVTrainer:
     """A trainer whose predictors have moved far from where they began."""
-    trainer = trainer_for(
-        folder,
-        relaxation=Relaxation(n_sink=1, n_recent=3, threshold=threshold),
-        curriculum=FixedCurriculum(RATIO),
-        relevance_lr=0.5,
-        relevance_start_share=share,
-    )
+    trainer = trainer_for(folder, **given(share=share, threshold=threshold))
     trainer.train()
     return trainer
 
 
-@pytest.fixture(scope="module")
-def moved(tmp_path_factory) -> SparseKVTrainer:
-    return trained(tmp_path_factory.mktemp("run"), share=0.75)
+@pytest.fixture
+def moved(tmp_path) -> SparseKVTrainer:
+    return trained(tmp_path / "run", share=0.75)
 
 
 def flat(model: Any) -> dict[str, torch.Tensor]:
@@ -77,7 +84,7 @@ def test_what_is_written_is_the_mean_and_training_goes_on_from_its_own(moved, tm
     written, own = load_file(tmp_path / RELEVANCE_FILE), load_file(tmp_path / "checkpoint" / RELEVANCE_FILE)
     start = {
         f"layers.{index}.{name}": value
-        for index, state in moved.start_weights.items()
+        for index, state in moved.relevance_start.items()
         for name, value in state.items()
     }
     assert written.keys() == before.keys() == own.keys()
@@ -91,14 +98,14 @@ def test_what_is_written_is_the_mean_and_training_goes_on_from_its_own(moved, tm
 def test_the_threshold_is_that_of_the_averaged_scores(moved, tmp_path) -> None:
     """Where nobody gives a ratio, as much stays as the ratio that was trained says."""
     moved.save_weights(tmp_path)
-    model = load_relevance(moved.accelerator.unwrap_model(moved.model), tmp_path)
-    served = served_of(model)
+    model = moved.accelerator.unwrap_model(moved.model)
+    served = served_of(load_relevance(model, tmp_path))
     found = measured_quantiles(moved, moved.train_dataset)
     assert found is not None
     values = torch.tensor(found.state_dict()["values"])
     assert abs(float((values > served.threshold).float().mean()) - (1 - RATIO)) < 0.03
     assert (served.n_sink, served.n_recent) == (1, 3)
-    with averaged(model, moved.start_weights, 1.0):
+    with averaged(model, moved.relevance_start, 1.0):
         begun = measured_quantiles(moved, moved.train_dataset)
     assert begun is not None and abs(begun.threshold(RATIO, 1e-3) - served.threshold) > 0.01
 
@@ -112,12 +119,56 @@ def test_without_a_share_what_was_trained_is_written(tmp_path) -> None:
     assert served_of(trainer.model).threshold == pytest.approx(quantile)
 
 
-def test_a_learned_threshold_is_zero_and_no_sample_means_the_running_quantiles(tmp_path) -> None:
-    learned = trained(tmp_path / "learned", share=0.5, threshold="learned")
-    learned.save_weights(tmp_path)
-    assert served_of(learned.model).threshold == 0.0
-    quantile = trained(tmp_path / "quantile", share=0.5)
-    assert measured_quantiles(quantile, []) is None
+def test_without_a_sample_the_threshold_is_the_trained_ones_and_it_says_so(moved, tmp_path, caplog) -> None:
+    assert measured_quantiles(moved, None) is None
+    moved.train_dataset = StreamedSamples(iter([]), moved.processing_class, 64)
+    moved.save_weights(tmp_path)
+    assert "threshold of the trained ones" in caplog.text
+    served = served_of(load_relevance(tiny_model("llama", num_hidden_layers=2), tmp_path))
+    assert served.threshold == pytest.approx(moved.quantiles.threshold(RATIO, 1e-3))
+
+
+def test_what_fails_while_it_is_written_leaves_the_trained_ones(moved, tmp_path, monkeypatch) -> None:
+    before = flat(moved.model)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("sparsekv.training.resumable.save_weights", fails)
+    with pytest.raises(OSError, match="no space"):
+        moved.save_weights(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in flat(moved.model).items())
+    assert served_of(moved.model).threshold == pytest.approx(moved.quantiles.threshold(RATIO, 1e-3))
+
+
+@pytest.mark.parametrize(
+    "config", [RelevanceConfig(width=6), RelevanceConfig(features=("hidden", "handcrafted"))]
+)
+def test_every_weight_of_any_predictor_is_averaged(config, tmp_path) -> None:
+    trainer = trainer_for(tmp_path / "run", **given(share=0.25, config=config))
+    trainer.train()
+    own = flat(trainer.model)
+    trainer.save_weights(tmp_path)
+    written = load_file(tmp_path / RELEVANCE_FILE)
+    assert len(written) == len(own) > 4
+    for index, state in trainer.relevance_start.items():
+        for name, value in state.items():
+            key = f"layers.{index}.{name}"
+            assert torch.allclose(written[key], 0.25 * value + 0.75 * own[key], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relevance_start_share": 3.0}, r"must be a number in \[0, 1\), got 3.0"),
+        ({"relevance_start_share": True}, r"must be a number in \[0, 1\), got True"),
+        ({"relaxation": Relaxation(n_sink=1, n_recent=3, threshold="learned")}, "with threshold 'quantile'"),
+        ({"model": tiny_model("llama", num_hidden_layers=2)}, "needs a model that has predictors"),
+    ],
+)
+def test_a_share_that_means_nothing_is_refused(changes, message, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer_for(tmp_path, **{**given(), **changes})
 
 
 def test_a_share_needs_a_start_and_may_change_when_a_run_goes_on(tmp_path) -> None:
@@ -125,16 +176,17 @@ def test_a_share_needs_a_start_and_may_change_when_a_run_goes_on(tmp_path) -> No
     save_relevance(model, tmp_path)
 
     def config(**relevance: Any) -> TrainConfig:
-        given = {"enabled": True, "n_sink": 1, "n_recent": 3, **relevance}
+        options = {"enabled": True, "threshold": "quantile", "n_sink": 1, "n_recent": 3, **relevance}
         parts = {
             "data": {"path": "book_train"},
             "objective": {"name": "eit"},
             "curriculum": {"name": "fixed", "args": {"ratio": 0.5}},
         }
-        return TrainConfig.model_validate({"model": "smollm2", "relevance": given, "steps": 1, **parts})
+        return TrainConfig.model_validate({"model": "smollm2", "relevance": options, "steps": 1, **parts})
 
-    with pytest.raises(ValueError, match=r"start_share 0\.5 without start_from"):
-        config(start_share=0.5)
+    for missing in ({"start_from": None}, {"enabled": False}, {"threshold": "learned"}):
+        with pytest.raises(ValueError, match=r"start_share 0\.5 needs enabled: true, start_from"):
+            config(**{"start_share": 0.5, "start_from": str(tmp_path), **missing})
     with pytest.raises(ValueError, match="less than 1"):
         config(start_share=1.0, start_from=str(tmp_path))
     old = config(start_from=str(tmp_path)).model_dump(mode="json")

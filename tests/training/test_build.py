@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
 from sparsekv.relevance import attach_relevance
 from sparsekv.relevance.files import save_relevance
-from sparsekv.training.build import build_trainer
+from sparsekv.training.build import build_trainer, run_training
 from sparsekv.training.config import TrainConfig
 from toy import save_toy_model, tiny_model
 
@@ -81,3 +82,32 @@ def test_a_method_that_can_not_be_trained_under_is_told_before_the_model_is_load
 ) -> None:
     with pytest.raises(ConfigError, match=f"method {method} .*; it can't be trained under"):
         build_trainer(config(tmp_path / "no such model", tmp_path, press=None, method=method))
+
+
+def test_a_finished_run_is_averaged_with_what_it_started_from(model: Path, tmp_path: Path) -> None:
+    """The start is the config's, not the checkpoint's; another share takes no step again."""
+    start = save_relevance(attach_relevance(tiny_model("llama", num_hidden_layers=2), seed=5), tmp_path)
+
+    def run(share: float) -> dict[str, torch.Tensor]:
+        relevance = {
+            "enabled": True,
+            "threshold": "quantile",
+            "lr": 0.5,
+            "n_sink": 1,
+            "n_recent": 3,
+            "start_from": str(tmp_path),
+            "start_share": share,
+        }
+        changes = {"press": None, "objective": "eit", "relevance": relevance, "steps": 6, "save_every": 3}
+        final = run_training(config(model, tmp_path / "run", **changes))
+        return load_file(final / start.name)
+
+    begun, half = load_file(start), run(0.5)
+    trained, quarter = load_file(tmp_path / "run" / "checkpoint-6" / start.name), run(0.25)
+    assert max(float((trained[name] - value).abs().max()) for name, value in begun.items()) > 0.1
+    for name, value in begun.items():
+        assert torch.allclose(half[name], 0.5 * value + 0.5 * trained[name], atol=1e-6)
+        assert torch.allclose(quarter[name], 0.25 * value + 0.75 * trained[name], atol=1e-6)
+    assert "0.25 of the start's, 0.75 of the trained ones" in (
+        tmp_path / "run" / "final" / "README.md"
+    ).read_text(encoding="utf-8")

@@ -206,7 +206,11 @@ class RelevancePredictor(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             if not self.reads_hidden or self.hidden is not None:
                 return cast(Tensor, self.score(self.score_inputs(hidden_states)))
-            return _scaled_linear(self.score, *_with_scale(hidden_states))
+            states, scale = _with_scale(hidden_states)
+            # W (s x) + b without a copy of every scaled state. bmm: as nn.Linear would have it, products with as few
+            # columns as there are heads take twice the time.
+            weight = self.score.weight.expand(len(states), -1, -1)
+            return torch.addcmul(self.score.bias, torch.bmm(weight, states.mT).mT, scale)
 
     def score_inputs(self, hidden_states: Tensor) -> Tensor:
         """What the last linear map reads of the hidden states [B, T, C]: fp32 [B, T, C], or [B, T, width], or nothing
@@ -218,7 +222,8 @@ class RelevancePredictor(nn.Module):
             states, scale = _with_scale(hidden_states)
             if self.hidden is None:
                 return states * scale
-            return nn.functional.silu(_scaled_linear(self.hidden, states, scale))
+            inner = nn.functional.linear(states, self.hidden.weight)
+            return nn.functional.silu(torch.addcmul(self.hidden.bias, inner, scale))
 
     def extra_of(self, ctx: LayerContext) -> Tensor | None:
         """The features [B, H, T, F] of a layer's entries that `forward` takes; see `features.extra_features`."""
@@ -312,13 +317,6 @@ def _with_scale(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     states = hidden_states.float()
     mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square() / states.shape[-1]
     return states, torch.rsqrt(mean_square + 1e-6)
-
-
-def _scaled_linear(layer: nn.Linear, states: Tensor, scale: Tensor) -> Tensor:
-    """W (s x) + b, with one factor s per token: without a copy of every scaled state."""
-    # this way round, since products with a few columns are slow: heads are few, tokens many
-    product = (layer.weight @ states.transpose(-1, -2)).transpose(-1, -2)
-    return torch.addcmul(layer.bias, product, scale)
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sparsekv.relevance.predictor import NAME, relevance_modules
+from sparsekv.training.held_out import scored_plan
 from sparsekv.training.relaxation import ScoreQuantiles
-from sparsekv.training.student import student_output
+from sparsekv.training.samples import Samples
 
 if TYPE_CHECKING:
     from sparsekv.training.trainer import SparseKVTrainer
@@ -59,33 +59,49 @@ def averaged(model: Any, start: Weights, share: float) -> Iterator[None]:
 
 @torch.no_grad()
 def measured_quantiles(
-    trainer: SparseKVTrainer, samples: Iterable[Mapping[str, Any]], n_samples: int = MEASURED_SAMPLES
+    trainer: SparseKVTrainer, dataset: Any, n_samples: int = MEASURED_SAMPLES
 ) -> ScoreQuantiles | None:
-    """The quantiles of the predictors' scores, as they are now, on the contexts of the first samples.
+    """The quantiles of the predictors' scores, as they are now, on the contexts of some samples.
 
-    None where no predictors compete for places, or no sample has a context (an iterator that training used up).
+    Parameters
+    ----------
+    trainer : whose relaxation trains the predictors
+    dataset : `Samples`, spread over which they are taken; of a stream the first ones; None has none
+
+    Returns
+    -------
+    The mean of every context's quantiles; None without relaxation, or if no sample has a context.
     """
-    if trainer.relaxation is None or trainer.relaxation.threshold != "quantile":
+    if trainer.relaxation is None:
         return None
-    everything = replace(trainer.relaxation.policy(1.0), threshold=float("-inf"), noise=0.0)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    scores: list[Tensor] = []
+    policy = trainer.relaxation.policy(1.0)
+    found: list[Tensor] = []
     training = model.training
     model.eval()
     try:
-        for sample in islice(samples, n_samples):
+        for sample in _some(dataset, n_samples):
             batch = trainer._prepare_inputs(trainer.data_collator([sample]))
             inputs = trainer.ready(batch, 0, judged=True)
-            plan = trainer.plan(inputs, everything, 0.0)
-            plan.keep_scores = True
             with trainer.accelerator.autocast():
-                student_output(model, model, inputs, plan)
-            scores += [score for rows in plan.scores.values() for score in rows]
+                scored = scored_plan(model, inputs, trainer.plan(inputs, policy, 0.0), policy)
+            heard = [score for rows in scored.scores.values() for score in rows]
+            quantiles = ScoreQuantiles.of(heard) if heard else None
+            if quantiles is not None:
+                found.append(quantiles)
     finally:
         model.train(training)
-    heard = ScoreQuantiles.of(scores) if scores else None
-    if heard is None:
+    if not found:
         return None
-    found = ScoreQuantiles()
-    found.observe(heard)
-    return found
+    mean = ScoreQuantiles()
+    mean.observe(torch.stack(found).mean(0))
+    return mean
+
+
+def _some(dataset: Any, n: int) -> Iterable[Mapping[str, Any]]:
+    if dataset is None:
+        return []
+    if not isinstance(dataset, Samples):
+        return islice(dataset, n)
+    n = min(n, len(dataset))
+    return (dataset[place * len(dataset) // n] for place in range(n))

@@ -44,7 +44,7 @@ FREE_KEYS = frozenset(
         "relevance.start_share",
     }
 )
-"""What may differ between a checkpoint and the run that goes on from it: nothing that changes the weights."""
+"""What may differ between a checkpoint and the run that goes on from it: nothing that changes a step."""
 
 
 class Latest(NamedTuple):

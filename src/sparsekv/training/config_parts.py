@@ -249,9 +249,11 @@ class RelevanceOptions(Strict):
 
     @model_validator(mode="after")
     def _check_start(self) -> RelevanceOptions:
-        if self.start_share and self.start_from is None:
+        given = self.enabled and self.start_from is not None and self.threshold == "quantile"
+        if self.start_share and not given:
             raise ValueError(
-                f"start_share {self.start_share:g} without start_from: there are no weights to average with"
+                f"start_share {self.start_share:g} needs enabled: true, start_from (the weights to average with) and "
+                "threshold: quantile (that of averaged scores is measured; a learned one can't be)"
             )
         return self
 

@@ -59,6 +59,28 @@ def check_drops(policy: Policy | None, relaxation: Relaxation | None, press_shar
         )
 
 
+def check_start_share(
+    share: float, relaxation: Relaxation | None, press_share: float, *, has_start: bool
+) -> None:
+    """How much of the predictors' first weights is to be served.
+
+    `has_start`: the model came with predictors.
+
+    Raises
+    ------
+    ConfigError
+        For no number in [0, 1), predictors that begin with random weights, and a threshold that is not a quantile.
+    """
+    if isinstance(share, bool) or not (isinstance(share, (int, float)) and 0 <= share < 1):
+        raise ConfigError(f"relevance_start_share must be a number in [0, 1), got {share!r}")
+    by_quantile = relaxation is not None and relaxation.threshold == "quantile" and press_share < 1
+    if share and not (has_start and by_quantile):
+        raise ConfigError(
+            f"relevance_start_share {share:g} needs a model that has predictors, and a relaxation with threshold "
+            "'quantile': that of averaged scores is measured, a learned one can't be"
+        )
+
+
 def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None:
     """Set what this trainer needs where nothing is said.
 

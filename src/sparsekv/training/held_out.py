@@ -68,17 +68,26 @@ def summed_losses(model: Any, batch: Mapping[str, Tensor], plans: Iterable[Selec
 
 
 @torch.no_grad()
+def scored_plan(
+    model: Any, batch: Mapping[str, Tensor], plan: SelectionPlan, policy: RelaxedRelevance
+) -> SelectionPlan:
+    """A plan like the one given, with what predictors score of the batch: one forward, with nothing hidden."""
+    looking = replace(plan, policy=replace(policy, threshold=float("-inf"), noise=0.0), keep_scores=True)
+    student_output(model, model, batch, looking)
+    return looking
+
+
+@torch.no_grad()
 def served_by_scores(
     model: Any, batch: Mapping[str, Tensor], plan: SelectionPlan, ratio: float
 ) -> SelectionPlan:
     """The plan that serves what predictors score: the exact top entries of the whole model, for every row.
 
-    `plan` is that of a `RelaxedRelevance`; one more forward, with nothing hidden, gathers the scores.
+    `plan` is that of a `RelaxedRelevance`; one more forward gathers the scores.
     """
     if not isinstance(plan.policy, RelaxedRelevance):
         return plan
-    looking = replace(plan, policy=replace(plan.policy, threshold=float("-inf"), noise=0.0), keep_scores=True)
-    student_output(model, model, batch, looking)
+    looking = scored_plan(model, batch, plan, plan.policy)
     rows, total = batch["input_ids"].shape
     n_layers, heads = architecture.num_layers(model), architecture.num_kv_heads(model)
     at = torch.full((rows, n_layers, heads, total), NEVER, dtype=torch.int32)

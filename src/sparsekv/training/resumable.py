@@ -60,8 +60,8 @@ class ResumableTrainer(Trainer):
         Written into checkpoints, and compared when one is resumed.
     n_checkpoints : int or None
         How many whole ones stay.
-    start_share, start_weights : float, Weights
-        How much of the predictors' first weights is in what is served (`averaging`).
+    relevance_start_share, relevance_start : float, Weights
+        How much of the predictors' first weights is in what is served, and these (`averaging`).
     """
 
     control: TrainerControl
@@ -72,8 +72,8 @@ class ResumableTrainer(Trainer):
     press_share: float
     config: TrainConfig | None
     n_checkpoints: int | None
-    start_share: float
-    start_weights: Weights
+    relevance_start_share: float
+    relevance_start: Weights
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. True goes on from the latest whole checkpoint of output_dir.
@@ -149,14 +149,22 @@ class ResumableTrainer(Trainer):
     @contextmanager
     def served_predictors(self, plain: Any) -> Iterator[None]:
         """Within the context the model's predictors are those that are to be served, and know how."""
-        if not self.start_share or not has_relevance(plain):
+        if not self.relevance_start_share:
             self.say_how_to_serve()
             yield
             return
-        with averaged(plain, self.start_weights, self.start_share):
-            self.say_how_to_serve(measured_quantiles(self, self.train_dataset))
-            yield
-        self.say_how_to_serve()
+        try:
+            with averaged(plain, self.relevance_start, self.relevance_start_share):
+                found = measured_quantiles(self, self.train_dataset)
+                if found is None:
+                    logger.warning(
+                        "averaged predictors are served with the threshold of the trained ones: training left no "
+                        "sample to measure theirs on. Give a compression ratio where they are used."
+                    )
+                self.say_how_to_serve(found)
+                yield
+        finally:
+            self.say_how_to_serve()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step)

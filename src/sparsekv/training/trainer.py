@@ -48,7 +48,13 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
-from sparsekv.training.given import check_drops, prepare_arguments, relevance_press, sparsity_of
+from sparsekv.training.given import (
+    check_drops,
+    check_start_share,
+    prepare_arguments,
+    relevance_press,
+    sparsity_of,
+)
 from sparsekv.training.held_out import Baseline, held_out_perplexity, share_of
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
@@ -97,7 +103,8 @@ class SparseKVTrainer(ResumableTrainer):
     relevance_lr, relevance_weight_decay : float
         Of the predictors.
     relevance_start_share : float in [0, 1)
-        What `save_weights` writes: this much of the predictors that the model came with, the rest of the trained ones.
+        What `save_weights` writes: this much of the predictors that the model came with, the rest of the trained ones
+        (`averaging`). For a relaxation whose threshold is "quantile".
     press_share : float in (0, 1], with both press and relaxation
         The fraction of the steps that run under the press.
     lora : LoraOptions, optional
@@ -180,11 +187,13 @@ class SparseKVTrainer(ResumableTrainer):
         moves = self.objective.needs_teacher and lora is None and moves_without_adapters(model)
         self.frozen_teacher = copy.deepcopy(model).eval().requires_grad_(False) if moves else None
         model = with_lora(model, lora, seed=args.seed)
+        check_start_share(relevance_start_share, relaxation, press_share, has_start=has_relevance(model))
         if trains_predictors and not has_relevance(model):
             attach_relevance(model, relevance, seed=args.seed)
         for module in relevance_modules(model).values():
             getattr(module, NAME).requires_grad_(trains_predictors)
-        self.start_share, self.start_weights = relevance_start_share, predictor_weights(model)
+        self.relevance_start_share = relevance_start_share
+        self.relevance_start = predictor_weights(model) if relevance_start_share else {}
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
