@@ -93,15 +93,13 @@ def row_contexts(
     cos, sin = rotary
     real = None if cache.real is None else cache.real_columns()
     contexts = []
-    stored_columns = layer.columns()
+    seen, whole = layer.get_seq_length(), layer.intact
+    stored_columns = [] if whole else layer.columns()
     for row in range(layer.batch):
-        per_head = stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads]
-        if len({len(columns) for columns in per_head}) > 1:
-            raise ConfigError(
-                "this cache stores different numbers of entries per kv head, so its keys can't be scored again; "
-                "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
-            )
-        columns = torch.stack(per_head)
+        if whole:  # the usual case, once per layer of every prefill
+            columns = torch.arange(seen, device=hidden.device).expand(layer.n_kv_heads, -1)
+        else:
+            columns = _columns_of_row(stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads])
         start = 0
         if real is not None:
             inside = real[row].to(columns.device)[columns]
@@ -123,12 +121,22 @@ def row_contexts(
             position_embeddings=(cos[spot : spot + 1, first:], sin[spot : spot + 1, first:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
             seed=cache.seeds[row] if cache.seeds else 0,
-            ids=_ids_of(cache, row, stored),
+            ids=_ids_of(cache, row, stored[:1] if whole else stored),
             tokenizer=cache.tokenizer,
-            n_aligned=min(n_hidden, newest_stored(stored, layer.get_seq_length())),
+            n_aligned=n_hidden if whole else min(n_hidden, newest_stored(stored, seen)),
         )
         contexts.append((ctx, stored))
     return contexts
+
+
+def _columns_of_row(per_head: list[Tensor]) -> Tensor:
+    """LongTensor [H, n]: the columns that the kv heads of a row store. Raises ConfigError if they differ in number."""
+    if len({len(columns) for columns in per_head}) > 1:
+        raise ConfigError(
+            "this cache stores different numbers of entries per kv head, so its keys can't be scored again; "
+            "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
+        )
+    return torch.stack(per_head)
 
 
 def newest_stored(columns: Tensor, seen: int) -> int:
@@ -140,7 +148,7 @@ def newest_stored(columns: Tensor, seen: int) -> int:
 
 def _ids_of(cache: SparseCache, row: int, columns: Tensor) -> Tensor | None:
     """LongTensor [1, n]: the text of a row's stored entries; None if ids are unknown, or heads differ."""
-    if cache.ids is None or bool((columns != columns[:1]).any()):
+    if cache.ids is None or (len(columns) > 1 and bool((columns != columns[:1]).any())):
         return None
     return cache.ids[row].to(columns.device).long()[columns[:1]]
 

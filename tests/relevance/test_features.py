@@ -189,10 +189,12 @@ def test_handcrafted_features_by_hand():
             torch.testing.assert_close(found[0, head, i], torch.tensor(wanted), atol=1e-5, rtol=1e-5)
     scaled = HandcraftedFeatures()(1000 * keys, values / 77, ids, tokenizer, columns)
     torch.testing.assert_close(scaled, found, atol=1e-5, rtol=1e-5)
-    nothing = HandcraftedFeatures.norms(torch.zeros(1, 3, 4), torch.eye(4)[None, :3])
-    assert torch.equal(nothing[..., 0], torch.full((1, 3), -4.0)) and torch.equal(
-        nothing[..., 1], torch.zeros(1, 3)
-    )
+    nothing = HandcraftedFeatures()(torch.zeros(1, 1, 3, 4), torch.eye(4)[None, None, :3], ids, tokenizer)
+    norms = nothing[0, 0, :, -2:]
+    assert torch.equal(norms[:, 0], torch.full((3,), -4.0)) and torch.equal(norms[:, 1], torch.zeros(3))
+    low = HandcraftedFeatures()(keys.bfloat16(), values.bfloat16(), ids, tokenizer, columns)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, found, atol=0.02, rtol=0)
 
 
 def test_text_features_are_remembered_but_never_confused():

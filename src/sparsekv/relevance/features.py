@@ -93,14 +93,14 @@ class HandcraftedFeatures:
         columns : LongTensor [n], optional
             Where the entries stand in the text; default: entry i is token i.
         """
-        n, total = keys.shape[2], ids.shape[1]
-        device = keys.device
-        columns = torch.arange(n, device=device) if columns is None else columns.to(device)
-        text = torch.stack([text_features(row, tokenizer) for row in ids]).to(device)[:, columns]
-        shared = torch.cat([self.places(columns, total).expand(ids.shape[0], -1, -1), text], dim=-1)
-        return torch.cat(
-            [shared[:, None].expand(-1, keys.shape[1], -1, -1), self.norms(keys, values)], dim=-1
-        )
+        n, device = keys.shape[2], keys.device
+        text = torch.stack([text_features(row, tokenizer) for row in ids]).to(device)
+        text = text[:, :n] if columns is None else text[:, columns.to(device)]
+        out = torch.empty(*keys.shape[:3], len(self.NAMES), dtype=torch.float32, device=device)
+        out[..., :-2] = text[:, None]
+        out[..., -2] = _relative_norm(keys)
+        out[..., -1] = _relative_norm(values)
+        return out
 
     @staticmethod
     def places(columns: Tensor, total: int) -> Tensor:
@@ -108,20 +108,17 @@ class HandcraftedFeatures:
         place = columns.float()
         return torch.stack([place / max(total - 1, 1), torch.log1p(total - 1 - place) / 10], dim=-1)
 
-    @staticmethod
-    def norms(keys: Tensor, values: Tensor) -> Tensor:
-        """FloatTensor [..., n, 2]: log norm of [..., n, D], relative to the mean of its head."""
-        return torch.stack([_relative_norm(keys), _relative_norm(values)], dim=-1)
-
 
 def _relative_norm(entries: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(entries, dim=-1, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(
+        entries, dim=-1
+    ).float()  # summed in fp32; no copy of 16-bit entries is made
     mean = norm.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (norm / mean).clamp(math.exp(-4), math.exp(4)).log()
 
 
 def text_features(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """FloatTensor [T, 6] on the CPU: kind (one-hot of 5) and frequency of each of `ids` [T].
+    """FloatTensor [T, 8] on the CPU: place (2), kind (one-hot of 5) and frequency of each of `ids` [T].
 
     They depend on the text alone, so they are computed once per context and found again by the other layers.
     """
@@ -131,6 +128,7 @@ def text_features(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if key not in known:
         known[key] = torch.cat(
             [
+                HandcraftedFeatures.places(torch.arange(len(ids)), len(ids)),
                 nn.functional.one_hot(token_types(ids, tokenizer), len(KINDS)).float(),
                 token_frequency(ids)[:, None],
             ],
