@@ -110,9 +110,9 @@ class HandcraftedFeatures:
 
 
 def _relative_norm(entries: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(
-        entries, dim=-1
-    ).float()  # summed in fp32; no copy of 16-bit entries is made
+    # bfloat16 sums in fp32 by itself, without a copy; a float16 norm might overflow
+    dtype = None if entries.dtype == torch.bfloat16 else torch.float32
+    norm = torch.linalg.vector_norm(entries, dim=-1, dtype=dtype).float()
     mean = norm.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (norm / mean).clamp(math.exp(-4), math.exp(4)).log()
 
