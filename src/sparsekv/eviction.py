@@ -94,10 +94,11 @@ def row_contexts(
     real = None if cache.real is None else cache.real_columns()
     contexts = []
     seen, whole = layer.get_seq_length(), layer.intact
+    every_column = torch.arange(seen, device=hidden.device).expand(layer.n_kv_heads, -1)
     stored_columns = [] if whole else layer.columns()
     for row in range(layer.batch):
         if whole:  # the usual case, once per layer of every prefill
-            columns = torch.arange(seen, device=hidden.device).expand(layer.n_kv_heads, -1)
+            columns = every_column
         else:
             columns = _columns_of_row(stored_columns[row * layer.n_kv_heads : (row + 1) * layer.n_kv_heads])
         start = 0
