@@ -122,7 +122,7 @@ def row_contexts(
             position_embeddings=(cos[spot : spot + 1, first:], sin[spot : spot + 1, first:]),
             cache_position=torch.arange(n - n_hidden, n, device=keys.device),
             seed=cache.seeds[row] if cache.seeds else 0,
-            ids=_ids_of(cache, row, stored[:1] if whole else stored),
+            ids=_ids_of(cache, row, stored, slice(start, seen) if whole else None),
             tokenizer=cache.tokenizer,
             n_aligned=n_hidden if whole else min(n_hidden, newest_stored(stored, seen)),
         )
@@ -147,9 +147,16 @@ def newest_stored(columns: Tensor, seen: int) -> int:
     return int(unbroken.flip(0).long().cumprod(0).sum())
 
 
-def _ids_of(cache: SparseCache, row: int, columns: Tensor) -> Tensor | None:
-    """LongTensor [1, n]: the text of a row's stored entries; None if ids are unknown, or heads differ."""
-    if cache.ids is None or (len(columns) > 1 and bool((columns != columns[:1]).any())):
+def _ids_of(cache: SparseCache, row: int, columns: Tensor, run: slice | None) -> Tensor | None:
+    """LongTensor [1, n]: the text of a row's stored entries; None if ids are unknown, or heads differ.
+
+    `run`: the columns [H, n] are these in all heads, which need not be looked at then.
+    """
+    if cache.ids is None:
+        return None
+    if run is not None:
+        return cache.ids[row : row + 1, run].to(columns.device).long()
+    if bool((columns != columns[:1]).any()):
         return None
     return cache.ids[row].to(columns.device).long()[columns[:1]]
 

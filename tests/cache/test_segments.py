@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsekv.cache.rope import Rotation
 from sparsekv.cache.segments import Segments
 from sparsekv.errors import ConfigError
 
@@ -56,3 +57,22 @@ def test_rows_are_taken_in_any_number_and_order() -> None:
     three = segments.take_rows(torch.tensor([0, 0, 0]))
     assert rows(three) == [[0.0, 3.0, 4.0], [12.0, 14.0]] * 3 and three.batch == 3
     assert three.guard is not segments.guard
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_whole_buffer_is_cut_as_any_other(rotated: bool) -> None:
+    rotation = Rotation(torch.tensor([1.0, 0.1]), torch.arange(7)[None]) if rotated else None
+    keys, values = torch.randn(2, 2, 3, 7, 4)  # 2 rows, 3 kv heads
+    kept = torch.rand(2, 3, 7) < 0.5
+    kept[1, 2] = False
+    whole = Segments.of(keys[:, :, :6], values[:, :, :6])
+    whole.append(keys[:, :, 6:], values[:, :, 6:])  # with spare room behind every tail
+    assert whole.room > whole.tail == whole.seen
+    found, other = whole.keep(kept, None, rotation), whole.keep(kept, torch.arange(2), rotation)
+    assert found.counts == other.counts == tuple(kept.sum(-1).flatten().tolist())
+    for name in ("keys", "values", "columns", "moved", "origin"):
+        mine, theirs = getattr(found, name), getattr(other, name)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
+    assert torch.equal(found.values, values[kept])

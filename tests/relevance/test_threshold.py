@@ -116,6 +116,17 @@ def test_ragged_segments_of_any_sizes(sizes, n_kept, seed, levels):
     assert torch.equal(kept, again), "deterministic"
 
 
+@pytest.mark.parametrize("sizes", [[3, 3], [2, 4]])
+def test_every_segment_keeps_its_best_also_among_infinite_scores(sizes):
+    scores = torch.full((6,), math.inf)
+    scores[0] = 0.0
+    kept, quantile = keep_above_quantile(scores, sizes, 3)
+    assert quantile == math.inf and int(kept.sum()) == 3
+    assert all(part[-1] for part in kept.split(sizes)), "the newest of equals is the best"
+    lowest, _ = keep_above_quantile(torch.tensor([9.0, 8, 7, 1, 3, 2]), [3, 3], 1)
+    assert lowest.tolist() == [True, False, False, False, True, False], "one per segment, whatever is asked"
+
+
 def test_beta_moves_a_layers_threshold_by_hand():
     """r of both layers: .9 .6 .3; with beta = 2 for layer 1 its r counts half: .45 .3 .15. Four places of six."""
     r = torch.tensor([0.9, 0.6, 0.3]).log()

@@ -207,8 +207,7 @@ class SparseLayer(CacheLayerMixin):
 
     def forget(self, kept: Tensor, rotation: Rotation | None = None) -> None:
         """As `keep`, where the others are really to be lost: also in a layer that would hand them over."""
-        rows = torch.arange(self.batch, device=kept.device)
-        self._store = self.store.keep(kept, rows, rotation)
+        self._store = self.store.keep(kept, None, rotation)
 
     def check_fits(self, kept: Tensor) -> None:
         """Raise a ConfigError if `kept` [B, H or 1, T] is for other rows or columns than this layer has."""

@@ -171,24 +171,23 @@ class Segments:
 
     # ---- taking out ---------------------------------------------------------------------------------------------
 
-    def keep(self, kept: Tensor, rows: Tensor, rotation: Rotation | None) -> Segments:
-        """New row i takes from old row `rows[i]` the entries whose column `kept[i]` keeps.
+    def keep(self, kept: Tensor, rows: Tensor | None, rotation: Rotation | None) -> Segments:
+        """New row i takes from old row `rows[i]` (None: from row i) the entries whose column `kept[i]` keeps.
 
         `kept` is a BoolTensor [new rows, H or 1, T]; with `rotation` kept keys move to consecutive positions.
         """
         heads = self.n_kv_heads
-        segment, column, slot = self.live()
-        kept = kept.to(slot.device).expand(-1, heads, -1)
-        row, head = segment // heads, segment % heads
-        wanted = kept[:, head, column] & (row == rows.to(slot.device)[:, None])  # [new rows, N]
-        new_row, entry = wanted.nonzero(as_tuple=True)
-        n_rows = kept.shape[0]
-        counts = torch.bincount(new_row * heads + head[entry], minlength=n_rows * heads)
-        slots = slot[entry]
+        kept = kept.to(self.keys.device).expand(-1, heads, -1)
+        if rows is None and self.tail == self.seen:
+            counts, entry, columns, slots = self._wanted_of_whole(kept)
+        else:
+            counts, entry, columns, slots = self._wanted(kept, rows)
         keys, values = self.keys.index_select(0, slots), self.values.index_select(0, slots)
-        columns = column[entry]
         moved, origin = None, None
         if rotation is not None:
+            new_row = torch.arange(len(kept), device=keys.device).repeat_interleave(
+                counts.view(-1, heads).sum(1)
+            )
             keys, moved, origin = self._rerotate(keys, entry, columns, new_row, counts, rotation)
         return Segments(
             keys=keys,
@@ -198,11 +197,30 @@ class Segments:
             tail=0,
             room=0,
             seen=self.seen,
-            batch=n_rows,
+            batch=len(kept),
             n_kv_heads=heads,
             moved=moved,
             origin=origin,
         )
+
+    def _wanted_of_whole(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_wanted`, where nothing was taken out yet and rows stay what they are: an entry's rank is its column."""
+        per_segment = kept.flatten(0, 1)
+        segment, columns = per_segment.nonzero(as_tuple=True)
+        return per_segment.sum(dim=1), segment * self.seen + columns, columns, segment * self.room + columns
+
+    def _wanted(self, kept: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The entries that `kept` [new rows, H, T] names, by new segment: how many each has [new rows * H], and of each
+        entry its rank in `live`, its column and its slot [N].
+        """
+        heads = self.n_kv_heads
+        segment, column, slot = self.live()
+        row, head = segment // heads, segment % heads
+        sources = torch.arange(len(kept), device=slot.device) if rows is None else rows.to(slot.device)
+        wanted = kept[:, head, column] & (row == sources[:, None])  # [new rows, N]
+        new_row, entry = wanted.nonzero(as_tuple=True)
+        counts = torch.bincount(new_row * heads + head[entry], minlength=len(kept) * heads)
+        return counts, entry, column[entry], slot[entry]
 
     def live(self) -> tuple[Tensor, Tensor, Tensor]:
         """For every stored entry, in order: segment [N], column [N], slot in the buffer [N]."""

@@ -9,7 +9,9 @@ therefore remembered (`sparsekv.remembered`), and all layers are cut together af
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -73,31 +75,36 @@ class ATSKV(Relevance):
         """log(r / beta), fp32 [B, H, T]; higher = keep. Entries that always stay are above all others."""
         n = ctx.keys.shape[2]
         g = relevance_of_entries(ctx, self.name)
-        return self.ranked(ctx.module, g, torch.arange(n, device=g.device), n)
+        return self.ranked(ctx.module, g, None, n)
 
-    def ranked(self, module: nn.Module, g: Tensor, place: Tensor, n_seen: int) -> Tensor:
+    def ranked(self, module: nn.Module, g: Tensor, place: Tensor | None, n_seen: int) -> Tensor:
         """log(r / beta) of g [..., n], with what always stays on top.
 
         Parameters
         ----------
         module : the layer's attention module
-        place : LongTensor [n]
-            Which of the `n_seen` tokens each entry is, padding not counted.
+        place : LongTensor [n], optional
+            Which of the `n_seen` tokens each entry is, padding not counted. None: entry i is token i.
         """
         served = self._over(served_by(module))
-        ranks = logsigmoid(g.float()) - self._log_beta(module, g.device)
-        ranks = torch.where(place >= n_seen - served.n_recent, _RECENT + place.float(), ranks)
-        return torch.where(place < served.n_sink, _SINK - 4 * place.float(), ranks)
+        ranks = logsigmoid(g.float())
+        log_beta = self._log_beta(module)
+        if log_beta:
+            ranks = ranks - log_beta
+        sizes = served.n_sink, served.n_recent
+        if place is None:
+            return torch.maximum(ranks, _always_of_all(n_seen, *sizes, g.device))
+        return torch.maximum(ranks, _always(place, n_seen, *sizes))
 
-    def _log_beta(self, module: nn.Module, device: torch.device) -> Tensor:
+    def _log_beta(self, module: nn.Module) -> float:
         betas = self.betas or served_by(module).betas
         if not betas:
-            return torch.zeros((), device=device)
+            return 0.0
         layers = architecture.compressible_layers(module.config)
         if len(betas) != len(layers):
             raise ConfigError(f"{self.name}: betas are for {len(betas)} layers, the model has {len(layers)}")
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-        return torch.tensor(betas[layers.index(layer_idx)], device=device).log()
+        return math.log(betas[layers.index(layer_idx)])
 
     # ---- choices --------------------------------------------------------------------------------------------------
 
@@ -152,3 +159,17 @@ class ATSKV(Relevance):
                 f"{self.name}: {describe(budget)} is under n_sink={self.n_sink or 0} + n_recent={self.n_recent or 0}; "
                 "raise the budget or lower n_sink or n_recent"
             )
+
+
+def _always(place: Tensor, n_seen: int, n_sink: int, n_recent: int) -> Tensor:
+    """FloatTensor [n]: the log relevance of entries that always stay, by `place` [n]; -inf for the others."""
+    at = place.float()
+    recent = torch.where(place >= n_seen - n_recent, _RECENT + at, -torch.inf)
+    return torch.where(place < n_sink, _SINK - 4 * at, recent)
+
+
+@lru_cache(maxsize=4)
+def _always_of_all(n: int, n_sink: int, n_recent: int, device: torch.device) -> Tensor:
+    """`_always` of all of `n` tokens: the same in every layer of a prefill. Not to be written to."""
+    with torch.inference_mode(False):  # an inference tensor would be of no use to a later training step
+        return _always(torch.arange(n, device=device), n, n_sink, n_recent)

@@ -94,13 +94,14 @@ class HandcraftedFeatures:
             Where the entries stand in the text; default: entry i is token i.
         """
         n, device = keys.shape[2], keys.device
-        text = torch.stack([text_features(row, tokenizer) for row in ids]).to(device)
-        text = text[:, :n] if columns is None else text[:, columns.to(device)]
-        out = torch.empty(*keys.shape[:3], len(self.NAMES), dtype=torch.float32, device=device)
-        out[..., :-2] = text[:, None]
-        out[..., -2] = _relative_norm(keys)
-        out[..., -1] = _relative_norm(values)
-        return out
+        rows = [text_features(row, tokenizer) for row in ids]
+        text = (rows[0][None] if len(rows) == 1 else torch.stack(rows)).to(device)
+        text = text[..., :n] if columns is None else text[..., columns.to(device)]
+        # feature by feature in memory, so that each is written in one run
+        out = torch.empty(*keys.shape[:2], len(self.NAMES), n, dtype=torch.float32, device=device)
+        out[:, :, :-2] = text[:, None]
+        out[:, :, -2:] = _relative_norms(keys, values)
+        return out.mT
 
     @staticmethod
     def places(columns: Tensor, total: int) -> Tensor:
@@ -109,16 +110,18 @@ class HandcraftedFeatures:
         return torch.stack([place / max(total - 1, 1), torch.log1p(total - 1 - place) / 10], dim=-1)
 
 
-def _relative_norm(entries: Tensor) -> Tensor:
+def _relative_norms(keys: Tensor, values: Tensor) -> Tensor:
+    """FloatTensor [B, H, 2, n]: log(norm / mean norm) of keys and values [B, H, n, D]."""
     # bfloat16 sums in fp32 by itself, without a copy; a float16 norm might overflow
-    dtype = None if entries.dtype == torch.bfloat16 else torch.float32
-    norm = torch.linalg.vector_norm(entries, dim=-1, dtype=dtype).float()
+    dtype = None if keys.dtype == torch.bfloat16 else torch.float32
+    norms = [torch.linalg.vector_norm(entries, dim=-1, dtype=dtype) for entries in (keys, values)]
+    norm = torch.stack(norms, dim=2).float()
     mean = norm.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (norm / mean).clamp(math.exp(-4), math.exp(4)).log()
 
 
 def text_features(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """FloatTensor [T, 8] on the CPU: place (2), kind (one-hot of 5) and frequency of each of `ids` [T].
+    """FloatTensor [8, T] on the CPU: place (2), kind (one-hot of 5) and frequency of each of `ids` [T].
 
     They depend on the text alone, so they are computed once per context and found again by the other layers.
     """
@@ -133,7 +136,7 @@ def text_features(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
                 token_frequency(ids)[:, None],
             ],
             dim=-1,
-        )
+        ).T.contiguous()
         while len(known) > _REMEMBERED:
             known.popitem(last=False)
     known.move_to_end(key)
@@ -210,7 +213,7 @@ def extra_features(ctx: LayerContext, config: RelevanceConfig) -> Tensor | None:
         if ctx.ids is None or ctx.tokenizer is None:
             raise no_text()
         parts.append(HandcraftedFeatures()(ctx.keys, ctx.values, ctx.ids, ctx.tokenizer))
-    return torch.cat(parts, dim=-1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def no_text() -> ConfigError:

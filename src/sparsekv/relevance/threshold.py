@@ -243,23 +243,30 @@ def keep_above_quantile(scores: Tensor, sizes: Sequence[int], n_kept: int) -> tu
     n_kept = min(max(n_kept, sum(size > 0 for size in sizes)), n)
     if n_kept == n:
         return torch.ones(n, dtype=torch.bool, device=scores.device), -math.inf
-    kept = torch.zeros(n, dtype=torch.bool, device=scores.device)
-    start = 0
-    for size in sizes:
-        if size:
-            kept[start + size - 1 - int(scores[start : start + size].flip(0).argmax())] = True
-        start += size
-    rest = (~kept).nonzero().flatten()
-    n_rest = n_kept - (n - len(rest))
-    competing = scores[rest]
-    quantile = competing.kthvalue(len(rest) - n_rest).values
-    above = competing > quantile
-    kept[rest[above]] = True
-    missing = n_rest - int(above.sum())
+    best = _best_of_each(scores, sizes)
+    competing = scores.index_fill(0, best, torch.inf)
+    quantile = competing.kthvalue(n - n_kept).values
+    kept = competing > quantile
+    kept[best] = True  # also where others are infinite, too
+    missing = n_kept - int(kept.sum())
     if missing:
-        equal = rest[competing == quantile]
+        equal = ((competing == quantile) & ~kept).nonzero().flatten()
         kept[equal[_newest_first(equal, sizes)[:missing]]] = True
     return kept, float(quantile)
+
+
+def _best_of_each(scores: Tensor, sizes: Sequence[int]) -> Tensor:
+    """LongTensor: the flat place of the best entry of every segment that has any, the newest of equals."""
+    if len(set(sizes)) == 1:
+        size = sizes[0]
+        from_end = scores.view(-1, size).flip(1).argmax(dim=1)
+        return torch.arange(len(sizes), device=scores.device) * size + (size - 1) - from_end
+    found, start = [], 0
+    for size in sizes:
+        if size:
+            found.append(start + size - 1 - int(scores[start : start + size].flip(0).argmax()))
+        start += size
+    return torch.tensor(found, device=scores.device)
 
 
 def _newest_first(index: Tensor, sizes: Sequence[int]) -> Tensor:
