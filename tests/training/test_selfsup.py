@@ -22,6 +22,7 @@ from sparsekv.training import questions_passages, selfsup_facts
 from sparsekv.training.data_layout import IGNORED, Layout, Turn
 from sparsekv.training.questions_passages import GAPS
 from sparsekv.training.selfsup import MAKERS, SelfSupervision
+from sparsekv.training.selfsup_details import _spans
 from sparsekv.training.selfsup_draw import Draw, Statement
 from sparsekv.training.selfsup_text import Corpus, TokenisedText
 
@@ -227,6 +228,46 @@ def test_a_gap_is_filled_by_the_answer(family: str) -> None:
             before.endswith(context[max(0, i - 6) : i]) or after.startswith(context[i + len(value) :][:6])
             for i in places
         )
+
+
+def test_a_detail_stands_in_one_sentence_with_the_words_that_ask_for_it() -> None:
+    made_by = generator("detail", seed=6)
+    kinds: Counter[str] = Counter()
+    for index in range(2 * SAMPLES):
+        (turn,) = made_by.made(index)[1].turns
+        context = " ".join(context_of(made_by.sample(index)).split())
+        (value,) = turn.values
+        asked = set(re.findall(r"[A-Za-z]{4,}", turn.question))
+        after = re.search(r'after "([^"]+)"', turn.question)
+        if after:
+            assert f"{after.group(1)} {value}" in context
+            kinds["phrase"] += 1
+        else:
+            kinds["number" if value[0].isdigit() else "name"] += 1
+            assert value[0].isdigit() or value[0].isupper()
+        places = [match.start() for match in re.finditer(re.escape(value), context)]
+        near = [set(re.findall(r"[A-Za-z]{4,}", context[max(0, i - 300) : i + 300])) for i in places]
+        assert max(len(asked & words) for words in near) >= 3
+        wording = " ".join(questions_passages.DETAIL)
+        assert value in wording or value not in turn.question, "the question does not tell"
+    assert kinds["phrase"] >= 10 and kinds["name"] >= 10, kinds
+
+
+def test_details_are_of_each_kind_and_only_where_they_are_unambiguous() -> None:
+    def kinds(text: str) -> dict[str, list[str]]:
+        return {
+            kind: [match.groupdict().get("phrase") or match.group() for _, match in found]
+            for kind, found in _spans(text).items()
+        }
+
+    assert kinds("In 1863 the army of Grant took the old river fortress.") == {
+        "number": ["1863"],
+        "name": ["Grant"],
+        "phrase": ["river fortress"],
+    }
+    assert "number" not in kinds("From 1861 to 1865 they fought there.")
+    assert "name" not in kinds("When Grant met Sherman they spoke of it.")
+    assert kinds("It cost 1,200.5 dollars, not a cent more.")["number"] == ["1,200.5"]
 
 
 def test_continuations_follow_their_quotation() -> None:

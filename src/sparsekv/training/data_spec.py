@@ -26,8 +26,12 @@ FAMILIES: dict[str, float] = {
     "duplicates": 0.02,
     "cloze": 0.03,
     "name": 0.01,
+    "detail": 0.0,
 }
-"""Families of self-supervised questions (`training.selfsup`) and how often each is drawn by default."""
+"""Families of self-supervised questions (`training.selfsup`) and how often each is drawn by default.
+
+`detail` is drawn where a configuration asks for it: what was made by default before it came stays as it was.
+"""
 
 DEFAULT_SAMPLES = 10_000
 """Length of a self-supervised data set where the configuration gives no `n_samples`."""

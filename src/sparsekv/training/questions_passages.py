@@ -46,6 +46,18 @@ NAME = (
     'Identify the blank in this line: "{gap}"',
 )
 
+DETAIL = (
+    "One sentence brings together {cues}. Which {kind} does it give?",
+    "Something is told of {cues}. The {kind}?",
+    "Look for {cues}. I need the {kind} found there.",
+    "{cues}: which {kind} goes with them?",
+    "Where {cues} stand in one sentence, what is its {kind}?",
+    "Find the line on {cues} and quote its {kind}.",
+    "Concerning {cues}: state the {kind}.",
+    "It has to do with {cues}. Tell me the {kind}.",
+)
+"""{kind}: "number", "name", 'phrase after "the old"'; {cues}: other words of the sentence."""
+
 GAPS = ("____", "[...]", "(?)", "______", "[blank]")
 
 RANKED = (
@@ -126,4 +138,5 @@ REVERSE = (
 LIST_PREFIXES = ("Result:", "In descending order:", "I found", "Entries:")
 PASSAGE_PREFIXES = ("The missing part:", "It goes:", "...", "Verbatim:")
 WORD_PREFIXES = ("The word was", "Restored:", "Blank =")
+DETAIL_PREFIXES = ("It says", "There it reads", "Found:")
 NAME_PREFIXES = ("Name:", "Restored:", "It must be")

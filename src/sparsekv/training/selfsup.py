@@ -13,6 +13,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.training.data_layout import Layout, Sample
 from sparsekv.training.data_spec import FAMILIES, LEAST_CONTEXT, DataConfig
 from sparsekv.training.selfsup_chains import chain
+from sparsekv.training.selfsup_details import detail
 from sparsekv.training.selfsup_draw import Draw, Made
 from sparsekv.training.selfsup_facts import recall, several, values
 from sparsekv.training.selfsup_lists import common, duplicates, records
@@ -35,6 +36,7 @@ MAKERS: dict[str, Family] = {
     "duplicates": duplicates,
     "cloze": cloze,
     "name": name,
+    "detail": detail,
 }
 """The families that `data_spec.FAMILIES` weighs."""
 

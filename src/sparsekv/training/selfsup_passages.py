@@ -12,7 +12,7 @@ from sparsekv.training.selfsup_text import Passage, Sentence
 
 _WORD = re.compile(r"\S+")
 _PLAIN = re.compile(r"\b[a-z]{5,}\b")
-_NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
+NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
 _STOP_WORDS = (
     "about above after again against almost along already also although always among another anything because "
     "before being below between beyond could during either enough every everything first from further great "
@@ -21,9 +21,9 @@ _STOP_WORDS = (
     "these they thing things this those though through under until upon very were what when where which while "
     "whole whom whose will with within without would your yours"
 )
-_COMMON = frozenset(_STOP_WORDS.split())
-_LEAST_WORDS, _MOST_WORDS = 8, 40
-"""Words of a sentence with a gap."""
+COMMON = frozenset(_STOP_WORDS.split())
+LEAST_WORDS, MOST_WORDS = 8, 40
+"""Words of a sentence that something is asked about."""
 ANSWER_TOKENS = (20, 60)
 """Tokens of a continued or repeated stretch."""
 
@@ -37,7 +37,8 @@ class _Stretch:
     rest: str
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Its words with one blank between them."""
     return " ".join(text.split())
 
 
@@ -63,7 +64,7 @@ def _stretch(draw: Draw, passage: Passage) -> _Stretch | None:
         (start, _), (_, split) = words[first], words[first + n_opening - 1]
         if text.count(text[start:split]) == 1:
             stop = words[first + n_opening + n_rest - 1][1]
-            return _Stretch(_one_line(text[start:split]), text[start:stop], text[split:stop].strip())
+            return _Stretch(one_line(text[start:split]), text[start:stop], text[split:stop].strip())
     return None
 
 
@@ -116,7 +117,7 @@ def repeat_span(draw: Draw) -> Made | None:
 
 
 def _gap_turn(draw: Draw, sentence: Sentence, hidden: re.Match[str], questions: tuple[str, ...]) -> Turn:
-    text = _one_line(sentence.text)
+    text = one_line(sentence.text)
     gap = text[: hidden.start()] + draw.rng.choice(wording.GAPS) + text[hidden.end() :]
     answer = hidden.group()
     prefixes = wording.WORD_PREFIXES if questions is wording.CLOZE else wording.NAME_PREFIXES
@@ -130,13 +131,13 @@ def _gaps(draw: Draw, pattern: re.Pattern[str], questions: tuple[str, ...]) -> M
     passage, pieces = draw.passage()
     turns: list[Turn] = []
     for sentence in draw.rng.sample(passage, len(passage)):
-        text = _one_line(sentence.text)
-        if not _LEAST_WORDS <= text.count(" ") + 1 <= _MOST_WORDS:
+        text = one_line(sentence.text)
+        if not LEAST_WORDS <= text.count(" ") + 1 <= MOST_WORDS:
             continue
         found = [
             match
             for match in pattern.finditer(text)
-            if match.group() not in _COMMON and text.count(match.group()) == 1
+            if match.group() not in COMMON and text.count(match.group()) == 1
         ]
         if found:
             turns.append(_gap_turn(draw, sentence, draw.rng.choice(found), questions))
@@ -152,4 +153,4 @@ def cloze(draw: Draw) -> Made | None:
 
 def name(draw: Draw) -> Made | None:
     """A sentence with a name taken out: whose is it?"""
-    return _gaps(draw, _NAME, wording.NAME)
+    return _gaps(draw, NAME, wording.NAME)
