@@ -21,10 +21,14 @@ def attend_stored(
     """
     batch, n_heads, n_query, width = query.shape
     heads = layer.n_kv_heads
-    folded = query.reshape(batch * heads, (n_heads // heads) * n_query, width)
+    folded = query.reshape(1, batch * heads, (n_heads // heads) * n_query, width)
     seen_tail = tail_mask(layer, attention_mask, n_query, query.device)
+    groups = list(layer.groups())
+    each = (
+        folded.split([group.stop - group.start for group in groups], dim=1) if len(groups) > 1 else (folded,)
+    )
     outputs = []
-    for group in layer.groups():
+    for group, queries in zip(groups, each, strict=True):
         mask = None
         if seen_tail is not None:
             mask = seen_tail
@@ -32,13 +36,12 @@ def attend_stored(
                 mask = mask.repeat_interleave(heads, dim=0)[group.start : group.stop]
             mask = nn.functional.pad(mask, (group.n_prefix, 0), value=True)
             mask = mask.repeat(1, n_heads // heads, 1)[None]
-        queries = folded[None, group.start : group.stop]
         outputs.append(
             nn.functional.scaled_dot_product_attention(
                 queries, group.keys[None], group.values[None], mask, scale=scaling
-            )[0]
+            )
         )
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
 
 

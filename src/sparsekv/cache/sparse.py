@@ -84,7 +84,7 @@ class SparseCache(Cache):
     @property
     def batch(self) -> int:
         """Rows B (0 before the first forward)."""
-        return next((layer.batch for _, layer in self.sparse_layers()), 0)
+        return self.layers[self.compressible[0]].batch if self.compressible else 0  # asked for at every update
 
     @property
     def intact(self) -> bool:
