@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from oracle import stepped_logits
+from sample_policies import Scatter
 from sparsekv import make_cache
 from sparsekv.attention import prepare
 from sparsekv.cache.tiered import TieredCache
@@ -46,6 +48,31 @@ def some_ids(total: int) -> torch.Tensor:
 def test_the_run_of_newest_tokens_that_all_heads_store(columns: list[list[int]], n: int) -> None:
     seen = 4 if columns == [[0, 1, 2, 3]] else 10
     assert newest_stored(torch.tensor(columns, dtype=torch.int64), seen) == n
+
+
+@pytest.mark.parametrize("pads", [0, 7])
+def test_a_token_policy_is_asked_once_where_all_layers_store_the_same(pads: int) -> None:
+    @dataclass(frozen=True)
+    class Counting(Scatter):
+        asked: list[tuple[int, int]] = field(default_factory=list)
+
+        def keep_row(self, row: TokenRow, budget: Budget) -> torch.Tensor:
+            self.asked.append((row.seed, row.n))
+            return super().keep_row(row, budget)
+
+    model, ids = tiny_model("llama", num_hidden_layers=3), some_ids(T).expand(2, -1)
+    mask = torch.ones(2, T, dtype=torch.long)
+    mask[1, :pads] = 0
+    policy = Counting()
+    cache = compress(model, ids, policy, 0.5, attention_mask=mask, seeds=(3, 4))
+    assert policy.asked == [(3, T), (4, T - pads)]
+    kept = cache.kept_columns()
+    alone = compress(model, ids[1:, pads:], Scatter(), 0.5, seeds=(4,))
+    assert torch.equal(kept[1, ..., pads:], alone.kept_columns()[0]) and not kept[1, ..., :pads].any()
+    assert not torch.equal(kept[0, 0], kept[0, 1]), "layers draw for themselves"
+    in_pieces = Counting()
+    compress(model, ids, in_pieces, 0.5, chunk=T // 2, seeds=(3, 4))
+    assert len(in_pieces.asked) > 4, "what layers and heads store differs by then"
 
 
 class WithGap(TokenPolicy):

@@ -42,40 +42,60 @@ def keeps_everything(budget: Budget, n: int) -> bool:
     return n == 0 or (budget.given and budget.n_kept(n) >= n)
 
 
-def kept_by_tokens(
-    cache: SparseCache, index: int, layer: SparseLayer, policy: TokenPolicy, budget: Budget
-) -> Tensor:
-    """BoolTensor [B, H, T seen]: what `policy` keeps of the entries that `layer` stores."""
-    heads, seen = layer.n_kv_heads, layer.get_seq_length()
-    device = layer.store.keys.device
-    blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)  # ids are given per row
-    context = TokenContext.of_model(cache.config, blank, tokenizer=cache.tokenizer, seeds=cache.seeds)
-    real_seen = cache.real_seen().tolist()
-    real_columns = None if cache.real is None else cache.real_columns().to(device)
-    kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)
-    segments = layer.columns()
-    for row in range(cache.batch):
-        real = None if real_columns is None else real_columns[row]
-        if not real_seen[row]:
-            continue  # a chunk of padding only
+class TokenEviction:
+    """What a token policy keeps of the entries that layers store; asked once where layers and heads store the same.
+
+    For one reading of a cache, whose rows stay what they are.
+    """
+
+    def __init__(self, cache: SparseCache, policy: TokenPolicy, budget: Budget) -> None:
+        self.cache, self.policy, self.budget = cache, policy, budget
+        self._context: TokenContext | None = None
+        # row -> tokens seen, columns [n], what stays of them
+        self._asked: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def kept(self, index: int, layer: SparseLayer) -> Tensor:
+        """BoolTensor [B, H, T seen]: what stays of layer `index`."""
+        cache, heads, seen = self.cache, layer.n_kv_heads, layer.get_seq_length()
+        device = layer.store.keys.device
+        real_seen = cache.real_seen().tolist()
+        real_columns = None if cache.real is None else cache.real_columns().to(device)
+        kept = torch.zeros(cache.batch, heads, seen, dtype=torch.bool, device=device)
+        segments = [torch.arange(seen, device=device)] if layer.intact else layer.columns()
+        for row in range(cache.batch):
+            if not real_seen[row]:
+                continue  # a chunk of padding only
+            of_row = segments if layer.intact else segments[row * heads : (row + 1) * heads]
+            for head, columns in enumerate(of_row):
+                if real_columns is not None:
+                    columns = columns[real_columns[row][columns]]
+                chosen = self._chosen(row, columns, real_seen[row]).to(device)
+                of_layer = chosen[min(index, chosen.shape[0] - 1)]
+                if layer.intact:  # all heads at once
+                    kept[row][:, columns] = of_layer
+                else:
+                    kept[row, head, columns] = of_layer[min(head, of_layer.shape[0] - 1)]
+        return kept
+
+    def _chosen(self, row: int, columns: Tensor, n_seen: int) -> Tensor:
+        """BoolTensor [L or 1, H or 1, n]: the policy's answer for a row whose entries stand at `columns` [n]."""
+        asked = self._asked.get(row)
+        if asked is not None and asked[0] == n_seen and torch.equal(asked[1], columns.to(asked[1].device)):
+            return asked[2]
+        cache = self.cache
+        if self._context is None:
+            blank = torch.zeros(
+                cache.batch, 1, dtype=torch.int64, device=columns.device
+            )  # ids are given per row
+            self._context = TokenContext.of_model(
+                cache.config, blank, tokenizer=cache.tokenizer, seeds=cache.seeds
+            )
+        ids = columns if cache.ids is None else cache.ids[row].to(columns.device).long()[columns]
         seed = cache.seeds[row] if cache.seeds else 0
-        last: tuple[Tensor, Tensor] | None = None
-        for head in range(heads):
-            columns = segments[row * heads + head]
-            if real is not None:
-                columns = columns[real[columns]]
-            if last is not None and torch.equal(last[0], columns):
-                chosen = last[1]
-            else:
-                ids = columns if cache.ids is None else cache.ids[row].to(device).long()[columns]
-                n = len(columns)
-                chosen = policy.keep_row(
-                    TokenRow(ids, context, seed), stored_budget(budget, real_seen[row], n)
-                )
-                last = (columns, chosen)
-            of_layer = chosen[min(index, chosen.shape[0] - 1)]
-            kept[row, head, columns] = of_layer[min(head, of_layer.shape[0] - 1)].to(device)
-    return kept
+        budget = stored_budget(self.budget, n_seen, len(columns))
+        chosen = self.policy.keep_row(TokenRow(ids, self._context, seed), budget)
+        self._asked[row] = n_seen, columns, chosen
+        return chosen
 
 
 def row_contexts(
@@ -203,7 +223,7 @@ def kept_in_layer(
     if not isinstance(layer, SparseLayer):
         raise ConfigError(f"layer {index} has the model's own sliding window and can't be compacted")
     if isinstance(policy, TokenPolicy):
-        return kept_by_tokens(cache, index, layer, policy, budget)
+        return TokenEviction(cache, policy, budget).kept(index, layer)
     if isinstance(policy, LayerPolicy):
         return kept_by_layer(module, index, cache, layer, policy, budget, hidden, rotary)
     raise ConfigError(

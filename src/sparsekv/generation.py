@@ -26,7 +26,7 @@ from sparsekv.cache.step_report import attended_fractions
 from sparsekv.cache.steps import install_steps
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.eviction import HIDDEN_TOKENS, JointEviction, kept_in_layer, remember_inputs
+from sparsekv.eviction import HIDDEN_TOKENS, JointEviction, TokenEviction, kept_in_layer, remember_inputs
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import (
     LayerPolicy,
@@ -240,6 +240,7 @@ def _read(
     joint: JointEviction | None = None
     if isinstance(policy, LayerPolicy) and policy.spans_layers(budget):
         joint = JointEviction(cache, policy, budget)
+    by_tokens = TokenEviction(cache, policy, budget) if isinstance(policy, TokenPolicy) else None
     full_real = cache.real
     for begin in range(start, total, step):
         end = min(begin + step, total)
@@ -263,7 +264,10 @@ def _read(
                 for known, kept in joint.after_layer(module, index, layer, hidden, rotary).items():
                     cache.keep_in_layer(known, kept)
                 return
-            kept = kept_in_layer(cache, module, index, policy, budget, hidden, rotary)
+            if by_tokens is not None:
+                kept = by_tokens.kept(index, layer)
+            else:
+                kept = kept_in_layer(cache, module, index, policy, budget, hidden, rotary)
             if not _keeps_all(kept, cache):
                 cache.keep_in_layer(index, kept)
 

@@ -84,7 +84,8 @@ class SparseCache(Cache):
     @property
     def batch(self) -> int:
         """Rows B (0 before the first forward)."""
-        return self.layers[self.compressible[0]].batch if self.compressible else 0  # asked for at every update
+        # asked for at every update
+        return self.layers[self.compressible[0]].batch if self.compressible else 0
 
     @property
     def intact(self) -> bool:

@@ -25,7 +25,7 @@ from sparsekv.evaluation.native import native_reply
 from sparsekv.evaluation.perplexity import continuation_perplexity
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.reply import Reply
-from sparsekv.evaluation.tier import close_tier, passive_bytes
+from sparsekv.evaluation.tier import passive_bytes
 from sparsekv.generation import Asked, compress, decode_together
 from sparsekv.policies.base import NativePolicy, Policy
 from sparsekv.probe import Prefilled, Request, evicts_after_prefill, prefill
@@ -129,7 +129,7 @@ class Answerer:
         cache = self.compress(prompt, setting)
         read = trace_of(cache)
         if setting.phase == "prefill":
-            close_tier(cache)
+            cache.close()
             return read
         self._respond([(prompt, cache)])
         answered = trace_of(cache)
@@ -145,7 +145,7 @@ class Answerer:
         return prefill(self.model, ids, requests, tokenizer=self.tokenizer, seed=seed)
 
     def compress(self, prompt: Prompt, setting: Setting) -> SparseCache:
-        """The compacted cache of a setting that needs its own prefill (not a native one); `close_tier` it after use."""
+        """The compacted cache of a setting that needs its own prefill (not a native one); `close` it after use."""
         tiered: SparseCache | None = None
         try:
             if setting.tier is not None:
@@ -154,7 +154,7 @@ class Answerer:
             return self._compressed(prompt, setting, tiered)
         except BaseException:
             if tiered is not None:
-                close_tier(tiered)
+                tiered.close()
             raise
 
     def _compressed(self, prompt: Prompt, setting: Setting, cache: SparseCache | None) -> SparseCache:
@@ -232,7 +232,7 @@ class Answerer:
         try:
             return self._reply_of(cache, prompt, setting)
         finally:
-            close_tier(cache)
+            cache.close()
 
     def _reply_of(self, cache: SparseCache, prompt: Prompt, setting: Setting) -> Reply:
         sizes, passive = self._sizes(cache), passive_bytes(cache)

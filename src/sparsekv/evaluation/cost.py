@@ -22,7 +22,6 @@ from sparsekv.evaluation.cells import Cell, Setting
 from sparsekv.evaluation.native import native_times
 from sparsekv.evaluation.prompts import Prompt
 from sparsekv.evaluation.records import CostRow
-from sparsekv.evaluation.tier import close_tier
 from sparsekv.generation import greedy_decode
 from sparsekv.policies.base import NativePolicy
 
@@ -76,7 +75,7 @@ def read_alone(
 ) -> tuple[SparseCache, float, float | None]:
     """A setting's compacted cache (not of a native method), with the seconds to read the context and to select.
 
-    `close_tier` the cache after use. Selecting is scoring, choosing and compacting; None where a method's eviction is
+    `close` the cache after use. Selecting is scoring, choosing and compacting; None where a method's eviction is
     part of its prefill.
     """
     begin = _now(answerer.model)
@@ -112,7 +111,7 @@ def measure(answerer: Answerer, cell: Cell, prompt: Prompt, n_tokens: int) -> Co
         try:
             question_s, rate = _answer_times(model, cache, prompt, n_tokens)
         finally:
-            close_tier(cache)
+            cache.close()
     seconds = prefill_s + (select_s or 0.0) + (question_s or 0.0) + (n_tokens - 1) / rate
     return CostRow(
         cell_id=cell.cell_id,

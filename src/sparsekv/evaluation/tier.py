@@ -51,7 +51,7 @@ class Tier:
         return {"passive": self.passive, "recall_tokens": self.recall_tokens, "page_size": self.page_size}
 
     def empty_cache(self, model: Any, active: int) -> TieredCache:
-        """A cache whose active tier holds `active` >= 1 entries per kv head, on average; `close_tier` it after use.
+        """A cache whose active tier holds `active` >= 1 entries per kv head, on average; `close` it after use.
 
         Raises
         ------
@@ -75,9 +75,3 @@ def tier_options(passive: str | None, recall_tokens: int | None, page_size: int 
 def passive_bytes(cache: SparseCache) -> int:
     """Bytes of a cache's passive tier, page summaries included; 0 where there is none."""
     return cache.passive_nbytes if isinstance(cache, TieredCache) else 0
-
-
-def close_tier(cache: SparseCache) -> None:
-    """Give a passive tier back, where there is one: its memory, or its files and their lock."""
-    if isinstance(cache, TieredCache):
-        cache.close()
