@@ -36,6 +36,7 @@ from sparsekv.relevance.features import (
     extra_groups,
     no_text,
     of_group,
+    side_by_side,
 )
 
 
@@ -260,7 +261,7 @@ def _ranks(
                 )
                 parts.append(HandcraftedFeatures()(keys, values, ids, cache.tokenizer, at - pads))
             only = heads[0] if len(heads) < len(columns) else None
-            g = g + predictor.extra(torch.cat(parts, dim=-1), only)[0]
+            g = g + predictor.extra(side_by_side(parts), only)[0]
         finite_scores(g, policy.name, index)
         ranks = policy.ranked(module, g, at - pads, n_seen)
         for head, each in zip(heads, ranks, strict=True):

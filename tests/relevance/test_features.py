@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.learned_scores import NAME, extra_of, relevance_of
-from sparsekv.relevance import Relevance, RelevanceConfig, RelevancePredictor, attach_relevance
+from sparsekv.relevance import ATSKV, Relevance, RelevanceConfig, RelevancePredictor, attach_relevance
 from sparsekv.relevance.attention_statistics import AttentionStatistics, of_group
 from sparsekv.relevance.features import (
     HandcraftedFeatures,
@@ -195,6 +196,17 @@ def test_handcrafted_features_by_hand():
     low = HandcraftedFeatures()(keys.bfloat16(), values.bfloat16(), ids, tokenizer, columns)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, found, atol=0.02, rtol=0)
+
+
+def test_what_is_first_met_in_inference_mode_can_be_filled_up_later():
+    tokenizer, ids = copy.deepcopy(toy_tokenizer()), torch.arange(40)  # of which nothing is known yet
+    with torch.inference_mode():
+        text_features(ids[:20], tokenizer)
+        ATSKV().ranked(torch.nn.Module(), torch.zeros(1, 1, 31), None, 31)
+    text_features(ids, tokenizer)
+    g = torch.zeros(1, 1, 31, requires_grad=True)
+    ATSKV().ranked(torch.nn.Module(), g, None, 31)[..., 10].sum().backward()
+    assert g.grad[0, 0, 10] == 0.5 and g.grad.count_nonzero() == 1
 
 
 def test_text_features_are_remembered_but_never_confused():

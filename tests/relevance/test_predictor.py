@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsekv.errors import ConfigError
+from sparsekv.policies.learned_scores import finite_scores
 from sparsekv.relevance import (
     RelevanceConfig,
     RelevancePredictor,
@@ -49,6 +50,20 @@ def test_arithmetic_is_fp32_whatever_the_model_computes_in():
     assert found.dtype == torch.float32 and torch.equal(found, predictor(states.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 600])
+def test_states_are_scored_in_parts_as_in_one(n, dtype):
+    predictor = RelevancePredictor(576, 3)
+    states = torch.randn(2, n, 576).to(dtype).requires_grad_()
+    found = predictor.hidden_part(states)
+    wanted = predictor.score(predictor.score_inputs(states))
+    assert found.shape == (2, n, 3)
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+    weight = torch.randn_like(found)
+    of_parts, of_one = (torch.autograd.grad((g * weight).sum(), states)[0] for g in (found, wanted))
+    torch.testing.assert_close(of_parts, of_one, atol=1e-6, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 def test_training_starts_with_nearly_everything_kept():
     predictor = RelevancePredictor(512, H)
     torch.manual_seed(1)
@@ -90,3 +105,10 @@ def test_mistakes_are_told():
         relevance_of(model.model.layers[0].self_attn, torch.zeros(1, 2, 64))
     with pytest.raises(ConfigError, match="has no relevance predictors"):
         config_of(model)
+
+
+def test_scores_that_only_add_up_to_infinity_are_scores():
+    large = torch.full((1, 1, 4), 3e38)
+    assert torch.equal(finite_scores(large, "relevance", 0), large)
+    with pytest.raises(ConfigError, match="1 of 4 relevance scores in layer 7 are NaN or infinite"):
+        finite_scores(large.index_fill(-1, torch.tensor([2]), torch.nan), "relevance", 7)

@@ -123,6 +123,8 @@ def test_every_segment_keeps_its_best_also_among_infinite_scores(sizes):
     kept, quantile = keep_above_quantile(scores, sizes, 3)
     assert quantile == math.inf and int(kept.sum()) == 3
     assert all(part[-1] for part in kept.split(sizes)), "the newest of equals is the best"
+    with_empty, _ = keep_above_quantile(torch.tensor([1.0, 2, 5, 4]), [0, 2, 0, 2], 3)
+    assert with_empty.tolist() == [False, True, True, True]
     lowest, _ = keep_above_quantile(torch.tensor([9.0, 8, 7, 1, 3, 2]), [3, 3], 1)
     assert lowest.tolist() == [True, False, False, False, True, False], "one per segment, whatever is asked"
 

@@ -28,6 +28,7 @@ def test_a_mix_needs_no_kind_and_a_path_no_list() -> None:
 def test_families_of_weight_zero_are_not_drawn() -> None:
     assert DataConfig(families={"recall": 2, "cloze": 0}).family_weights() == {"recall": 2}
     assert DataConfig().family_weights() == {name: w for name, w in FAMILIES.items() if w}
+    assert "detail" not in DataConfig().family_weights(), "data made by default stay what they were"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ class Segments:
         """
         heads = self.n_kv_heads
         kept = kept.to(self.keys.device).expand(-1, heads, -1)
-        if rows is None and self.tail == self.seen:
+        if rows is None and self.tail == self.seen == kept.shape[-1]:
             counts, entry, columns, slots = self._wanted_of_whole(kept)
         else:
             counts, entry, columns, slots = self._wanted(kept, rows)
@@ -209,7 +209,7 @@ class Segments:
         )
 
     def _wanted_of_whole(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `_wanted`, where nothing was taken out yet and rows stay what they are: an entry's rank is its column."""
+        """As `_wanted`, where nothing was taken out yet and rows stay: an entry's place in a segment is its column."""
         per_segment = kept.flatten(0, 1)
         segment, columns = per_segment.nonzero(as_tuple=True)
         return per_segment.sum(dim=1), segment * self.seen + columns, columns, segment * self.room + columns

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_UNSEEN, _OTHER, _PUNCTUATION, _PIECE = -1, 0, 1, 2
+UNSEEN, _OTHER, _PUNCTUATION, _PIECE = -1, 0, 1, 2
 
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
@@ -34,6 +34,18 @@ def is_punctuation(text: str, extra: tuple[str, ...] = ()) -> bool:
     return (bool(rest) or found_extra) and all(unicodedata.category(c).startswith("P") for c in rest)
 
 
+def grown(table: Tensor | None, size: int) -> Tensor:
+    """Int8Tensor [size] of kinds by token: those of `table`, the others `UNSEEN`.
+
+    It can be filled in whether it was made in inference mode or not.
+    """
+    with torch.inference_mode(False):
+        larger = torch.full((size,), UNSEEN, dtype=torch.int8)
+        if table is not None:
+            larger[: table.numel()] = table
+    return larger
+
+
 class Vocabulary:
     """A table of what a tokenizer's tokens are.
 
@@ -45,7 +57,7 @@ class Vocabulary:
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = torch.tensor(sorted(added | set(tokenizer.all_special_ids)), dtype=torch.long)
         self.extra_punctuation = extra_punctuation
-        self._kind = torch.full((len(tokenizer),), _UNSEEN, dtype=torch.int8)
+        self._kind = grown(None, len(tokenizer))
         self._joined: dict[tuple[int, ...], str | None] = {}
         self._text: dict[int, str] = {}
 
@@ -106,10 +118,9 @@ class Vocabulary:
         """Int8Tensor [n]: the kind of each token taken alone."""
         largest = int(ids.max()) if ids.numel() else -1
         if largest >= self._kind.numel():  # models pad their embedding beyond the tokenizer's vocabulary
-            more = torch.full((largest + 1 - self._kind.numel(),), _UNSEEN, dtype=torch.int8)
-            self._kind = torch.cat([self._kind, more])
+            self._kind = grown(self._kind, largest + 1)
         unseen = ids.unique()
-        for token in unseen[self._kind[unseen] == _UNSEEN].tolist():
+        for token in unseen[self._kind[unseen] == UNSEEN].tolist():
             text = _decode(tokenizer, [token])
             if _REPLACEMENT in text:
                 kind = _PIECE

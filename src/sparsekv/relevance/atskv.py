@@ -168,7 +168,7 @@ def _always(place: Tensor, n_seen: int, n_sink: int, n_recent: int) -> Tensor:
     return torch.where(place < n_sink, _SINK - 4 * at, recent)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _always_of_all(n: int, n_sink: int, n_recent: int, device: torch.device) -> Tensor:
     """`_always` of all of `n` tokens: the same in every layer of a prefill. Not to be written to."""
     with torch.inference_mode(False):  # an inference tensor would be of no use to a later training step

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -43,6 +43,7 @@ __all__ = [
     "extra_groups",
     "n_features",
     "of_group",
+    "side_by_side",
 ]
 
 GROUPS = ("hidden", "attention", "handcrafted")
@@ -213,7 +214,12 @@ def extra_features(ctx: LayerContext, config: RelevanceConfig) -> Tensor | None:
         if ctx.ids is None or ctx.tokenizer is None:
             raise no_text()
         parts.append(HandcraftedFeatures()(ctx.keys, ctx.values, ctx.ids, ctx.tokenizer))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return side_by_side(parts)
+
+
+def side_by_side(groups: Sequence[Tensor]) -> Tensor:
+    """The features [..., n, F] of several groups, in the order of `extra_groups`."""
+    return groups[0] if len(groups) == 1 else torch.cat(list(groups), dim=-1)
 
 
 def no_text() -> ConfigError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -41,8 +42,8 @@ __all__ = [
 ]
 
 
-_CPU_TOKENS = 256
-"""Hidden states that are scored at once on a CPU: so many stay in its cache as fp32, 0.6 MB of 576 numbers each."""
+_CPU_NUMBERS = 256 * 576
+"""Numbers of hidden states that are scored at once on a CPU: in fp32 0.6 MB, which stays in its cache."""
 
 _FEATURE_UNITS = 16
 """Most hidden units of the features' part: there are few features."""
@@ -213,9 +214,11 @@ class RelevancePredictor(nn.Module):
             # stay in a CPU's cache. bmm: as nn.Linear would have it, products with as few columns as there are heads
             # take twice the time.
             weight = self.score.weight.expand(len(hidden_states), -1, -1)
-            on_cpu = hidden_states.device.type == "cpu"
+            parts: Sequence[Tensor] = (hidden_states,)
+            if hidden_states.device.type == "cpu":
+                parts = hidden_states.split(max(16, _CPU_NUMBERS // hidden_states.shape[-1]), dim=1)
             products, norms = [], []
-            for part in hidden_states.split(_CPU_TOKENS, dim=1) if on_cpu else (hidden_states,):
+            for part in parts:
                 states = part.float()
                 products.append(torch.bmm(weight, states.mT))
                 norms.append(_norms(states))

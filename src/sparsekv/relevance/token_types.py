@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sparsekv.policies.vocabulary import vocabulary_of
+from sparsekv.policies.vocabulary import UNSEEN, grown, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,6 @@ KINDS = ("special", "punctuation", "stop_word", "number", "content")
 """The kinds, in the order of `token_types`' numbers; a token has the first that fits."""
 
 _SPECIAL, _PUNCTUATION, _STOP_WORD, _NUMBER, _CONTENT = range(len(KINDS))
-_UNSEEN = -1
 
 _WORDS = (
     "a about after again all also am an and any are as at be because been before being between both but by can "
@@ -46,7 +45,7 @@ def token_types(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     vocabulary = vocabulary_of(tokenizer)
     table = _table(tokenizer, int(ids.max()) + 1 if ids.numel() else 0)
     distinct = ids.unique()
-    for token in distinct[table[distinct] == _UNSEEN].tolist():
+    for token in distinct[table[distinct] == UNSEEN].tolist():
         (text,) = vocabulary.texts(torch.tensor([token]), tokenizer)
         table[token] = _kind_of(text)
     kinds = table[ids].long()
@@ -71,10 +70,7 @@ def _table(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
     table = _TABLES.get(tokenizer)
     size = max(size, len(tokenizer) if table is None else table.numel())
     if table is None or table.numel() < size:
-        grown = torch.full((size,), _UNSEEN, dtype=torch.int8)
-        if table is not None:
-            grown[: table.numel()] = table
-        _TABLES[tokenizer] = table = grown
+        _TABLES[tokenizer] = table = grown(table, size)
     return table
 
 
