@@ -28,7 +28,8 @@ from sparsekv.policies.budget import Budget, as_budget
 from sparsekv.policies.learned_scores import predictor_of
 from sparsekv.policies.positional import Full
 from sparsekv.relevance.atskv import ATSKV
-from sparsekv.remembered import Rounds, reads_text
+from sparsekv.relevance.predictor import reads_text
+from sparsekv.remembered import Rounds
 
 
 def make_cache(

@@ -39,7 +39,8 @@ from sparsekv.policies.base import (
 from sparsekv.policies.budget import Budget, as_budget
 from sparsekv.probe import after_each_layer, run_decoder
 from sparsekv.relevance.atskv import ATSKV
-from sparsekv.remembered import Rounds, reads_text
+from sparsekv.relevance.predictor import reads_text
+from sparsekv.remembered import Rounds
 from sparsekv.selection import Selection
 
 Phase = Literal["prefill", "decode", "both"]

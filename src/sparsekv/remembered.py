@@ -15,8 +15,6 @@ In a forward after which a row would store too much, every layer's scores are ma
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +36,6 @@ from sparsekv.relevance.features import (
     of_group,
     side_by_side,
 )
-
-
-def reads_text(model: Any) -> bool:
-    """True if a model's predictors take features that need token ids while decoding."""
-    modules = architecture.attention_modules(model)
-    found = (getattr(module, "relevance", None) for module in modules)
-    return any("handcrafted" in each.config.features for each in found if each is not None)
 
 
 class Rounds:

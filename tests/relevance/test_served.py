@@ -19,7 +19,15 @@ from sparsekv.models.merge import merge_adapter
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import keep_top
 from sparsekv.policies.budget import Budget
-from sparsekv.relevance import Relevance, RelevancePress, has_relevance
+from sparsekv.relevance import (
+    Relevance,
+    RelevanceConfig,
+    RelevancePress,
+    attach_relevance,
+    has_relevance,
+    relevance_modules,
+)
+from sparsekv.relevance.files import save_relevance
 from sparsekv.training.build import run_training
 from sparsekv.training.config import TrainConfig
 from toy import save_toy_model, tiny_model
@@ -201,6 +209,41 @@ def test_the_press_from_a_folder_runs_in_kvpress(merged, ids):
         _, heads, columns = layer.self_attn.masked_key_indices
         hidden[heads, columns] = True
         assert torch.equal(hidden, g[index] <= 0)
+
+
+def test_the_press_finds_the_tokenizer_that_its_predictors_need(merged, tmp_path):
+    """Handcrafted features read the text: nothing has to be given for it, in kvpress's pipeline or without."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    source = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    attach_relevance(source, RelevanceConfig(features=("hidden", "handcrafted")))
+    for module in relevance_modules(source).values():
+        torch.nn.init.normal_(module.relevance.extra.weight, std=3.0)
+    folder = tmp_path / "handcrafted"
+    folder.mkdir()
+    save_relevance(source, folder)
+    pipe = pipeline("kv-press-text-generation", model=str(merged), dtype=torch.float32, device="cpu")
+    press = RelevancePress.from_pretrained(folder, compression_ratio=0.6)
+    text = (
+        "The cat sat. It slept, and then: it woke! 7 mice (all grey) ran off... The end of 12 days is near."
+    )
+    assert isinstance(pipe(text, question="Who ran off?", press=press, max_new_tokens=4)["answer"], str)
+    n = len(pipe.tokenizer(text)["input_ids"])
+    assert sum(press.achieved_compression.values()) / 3 == pytest.approx(0.6, abs=1.5 / n)
+
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    context = pipe.tokenizer(text, return_tensors="pt").input_ids
+    with press(model), torch.no_grad():
+        model(context, past_key_values=DynamicCache(config=model.config))
+    budget = Budget(0.6, scope="model")
+    kept = compress(source, context, "relevance", budget, tokenizer=pipe.tokenizer).kept_columns()[0]
+    for index, layer in enumerate(model.model.layers):
+        _, heads, columns = layer.self_attn.masked_key_indices
+        hidden = torch.zeros(2, context.shape[1], dtype=torch.bool)
+        hidden[heads, columns] = True
+        assert torch.equal(hidden, ~kept[index])
+    with pytest.raises(ConfigError, match="handcrafted features, which read the text"):
+        compress(source, context, "relevance", budget)
 
 
 def test_no_head_is_emptied_by_the_threshold(served, ids):

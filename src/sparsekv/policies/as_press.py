@@ -137,8 +137,8 @@ class PolicyPress(BasePress):
             self._forget()
 
     def post_init_from_model(self, model: Any) -> None:
-        """Load the tokenizer where the policy needs one and none was given."""
-        if self.reads_ids and self.tokenizer is None and self.policy.reads_text:
+        """Load the tokenizer where one is needed and none was given."""
+        if self.reads_ids and self.tokenizer is None and self._reads_text(model):
             from transformers import AutoTokenizer
 
             path = model.config.name_or_path
@@ -193,6 +193,10 @@ class PolicyPress(BasePress):
 
     # ---- ours
     # -------------------------------------------------------------------------------------------------
+
+    def _reads_text(self, model: Any) -> bool:
+        """True if choosing needs a tokenizer, with what the model carries by now."""
+        return self.policy.reads_text
 
     def _forget(self) -> None:
         self._ids = self._mask = self._cache = self._kept = None

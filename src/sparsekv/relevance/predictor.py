@@ -283,6 +283,12 @@ def has_relevance(model: Any) -> bool:
     return bool(relevance_modules(model))
 
 
+def reads_text(model: Any) -> bool:
+    """True if a model's predictors take features that need token ids and a tokenizer."""
+    found = (getattr(module, NAME) for module in relevance_modules(model).values())
+    return any("handcrafted" in predictor.config.features for predictor in found)
+
+
 def config_of(model: Any) -> dict[str, Any]:
     """The RelevanceConfig of a model's predictors, as JSON."""
     for module in relevance_modules(model).values():

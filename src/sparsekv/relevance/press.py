@@ -14,7 +14,7 @@ from sparsekv.policies.budget import Scope
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.policy import Relevance
-from sparsekv.relevance.predictor import NAME, detach_relevance, relevance_modules
+from sparsekv.relevance.predictor import NAME, detach_relevance, reads_text, relevance_modules
 
 
 class RelevancePress(PolicyPress):
@@ -33,6 +33,8 @@ class RelevancePress(PolicyPress):
     folder : str or Path, optional
         Where the predictors are; they take the place of the model's own, until the context manager ends. Inside
         another press, which enters only its own context manager, they stay on the model.
+    tokenizer : optional
+        For predictors that read the text (handcrafted features); by default loaded from the model's path.
     **parameters
         Of the policy: n_sink, n_recent, threshold; by default what the predictors were trained with.
     """
@@ -43,9 +45,10 @@ class RelevancePress(PolicyPress):
         *,
         scope: Scope = "model",
         folder: str | Path | None = None,
+        tokenizer: Any = None,
         **parameters: Any,
     ) -> None:
-        super().__init__(Relevance(**parameters), compression_ratio, scope=scope)
+        super().__init__(Relevance(**parameters), compression_ratio, scope=scope, tokenizer=tokenizer)
         self.folder = folder
         self._predictors: dict[int, Any] = {}
 
@@ -92,10 +95,13 @@ class RelevancePress(PolicyPress):
                 setattr(modules[index], NAME, predictor)
 
     def post_init_from_model(self, model: Any) -> None:
-        """Attach the folder's predictors, if they are not on the model yet."""
-        super().post_init_from_model(model)
+        """Attach the folder's predictors, if they are not on the model yet; load the tokenizer that they may need."""
         if self.folder is not None and not (self._predictors and _predictors_of(model) == self._predictors):
             self._attach(model)
+        super().post_init_from_model(model)
+
+    def _reads_text(self, model: Any) -> bool:
+        return reads_text(model)
 
     def _attach(self, model: Any) -> None:
         detach_relevance(model)  # loading would otherwise fill the model's own, which come back later
