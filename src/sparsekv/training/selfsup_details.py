@@ -25,7 +25,8 @@ _CUES = (3, 5)
 def _spans(text: str) -> dict[str, list[tuple[str, re.Match[str]]]]:
     """What can be asked for in a sentence, by kind: (how the question calls it, where it is).
 
-    The number and the name only where there is no other, since "the name" would not say which.
+    The number and the name only where the pattern finds no other, since "the name" would not say which; a name that
+    opens the sentence, or a digit within a word, is not seen. Training bears that: docs/experiments.md, entry 9.
     """
     found = {}
     for pattern, kind in ((_NUMBER, "number"), (NAME, "name")):
