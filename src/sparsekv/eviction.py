@@ -84,9 +84,8 @@ class TokenEviction:
             return asked[2]
         cache = self.cache
         if self._context is None:
-            blank = torch.zeros(
-                cache.batch, 1, dtype=torch.int64, device=columns.device
-            )  # ids are given per row
+            # ids are given per row
+            blank = torch.zeros(cache.batch, 1, dtype=torch.int64, device=columns.device)
             self._context = TokenContext.of_model(
                 cache.config, blank, tokenizer=cache.tokenizer, seeds=cache.seeds
             )

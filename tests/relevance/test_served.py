@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from oracle import masked_logits, stepped_logits
-from sparsekv import compress
+from sparsekv import PolicyPress, compress
 from sparsekv.errors import ConfigError
 from sparsekv.models import load_model
 from sparsekv.models.merge import merge_adapter
@@ -244,6 +244,12 @@ def test_the_press_finds_the_tokenizer_that_its_predictors_need(merged, tmp_path
         assert torch.equal(hidden, ~kept[index])
     with pytest.raises(ConfigError, match="handcrafted features, which read the text"):
         compress(source, context, "relevance", budget)
+    by_policy = PolicyPress(
+        make_policy("atskv"), 0.6, scope="model"
+    )  # any press of a policy that asks predictors
+    with by_policy(source), torch.no_grad():
+        source(context, past_key_values=DynamicCache(config=source.config))
+    assert sum(by_policy.achieved_compression.values()) / 3 == pytest.approx(0.6, abs=1.5 / n)
 
 
 def test_no_head_is_emptied_by_the_threshold(served, ids):

@@ -138,7 +138,7 @@ class PolicyPress(BasePress):
 
     def post_init_from_model(self, model: Any) -> None:
         """Load the tokenizer where one is needed and none was given."""
-        if self.reads_ids and self.tokenizer is None and self._reads_text(model):
+        if self.reads_ids and self.tokenizer is None and self.policy.needs_tokenizer(model):
             from transformers import AutoTokenizer
 
             path = model.config.name_or_path
@@ -193,10 +193,6 @@ class PolicyPress(BasePress):
 
     # ---- ours
     # -------------------------------------------------------------------------------------------------
-
-    def _reads_text(self, model: Any) -> bool:
-        """True if choosing needs a tokenizer, with what the model carries by now."""
-        return self.policy.reads_text
 
     def _forget(self) -> None:
         self._ids = self._mask = self._cache = self._kept = None

@@ -222,6 +222,10 @@ class Policy(ABC):
         """True if a tokenizer is needed."""
         return False
 
+    def needs_tokenizer(self, model: Any) -> bool:
+        """True if choosing for this model needs a tokenizer: `reads_text`, or what the model carries reads the text."""
+        return self.reads_text
+
     @property
     def needs_ids(self) -> bool:
         """True if token ids must be remembered while decoding."""

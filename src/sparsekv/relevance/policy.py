@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.learned_scores import relevance_of_entries
-from sparsekv.relevance.predictor import Served, served_by
+from sparsekv.relevance.predictor import Served, reads_text, served_by
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Relevance(LayerPolicy):
 
     def __post_init__(self) -> None:
         self._over(Served())  # so that a wrong size is told now
+
+    def needs_tokenizer(self, model: Any) -> bool:
+        """True if the model's predictors read the text."""
+        return reads_text(model)
 
     def score_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """g, fp32 [B, H, T]; +inf for entries that always stay. Higher = keep."""

@@ -14,7 +14,7 @@ from sparsekv.policies.budget import Scope
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.files import load_relevance
 from sparsekv.relevance.policy import Relevance
-from sparsekv.relevance.predictor import NAME, detach_relevance, reads_text, relevance_modules
+from sparsekv.relevance.predictor import NAME, detach_relevance, relevance_modules
 
 
 class RelevancePress(PolicyPress):
@@ -99,9 +99,6 @@ class RelevancePress(PolicyPress):
         if self.folder is not None and not (self._predictors and _predictors_of(model) == self._predictors):
             self._attach(model)
         super().post_init_from_model(model)
-
-    def _reads_text(self, model: Any) -> bool:
-        return reads_text(model)
 
     def _attach(self, model: Any) -> None:
         detach_relevance(model)  # loading would otherwise fill the model's own, which come back later

@@ -11,8 +11,7 @@ import re
 from sparsekv.training import questions_passages as wording
 from sparsekv.training.data_layout import Turn
 from sparsekv.training.selfsup_draw import Draw, Made
-from sparsekv.training.selfsup_passages import COMMON, LEAST_WORDS, MOST_WORDS, NAME, one_line
-from sparsekv.training.selfsup_text import Sentence
+from sparsekv.training.selfsup_passages import COMMON, NAME, of_sentences
 from sparsekv.training.selfsup_values import enumeration
 
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,.]*\d(?![\w@])|(?<![\w.,])\d(?![\w.,@])")
@@ -41,10 +40,7 @@ def _spans(text: str) -> dict[str, list[tuple[str, re.Match[str]]]]:
     return found | ({"phrase": phrases} if phrases else {})
 
 
-def _turn(draw: Draw, sentence: Sentence) -> Turn | None:
-    text = one_line(sentence.text)
-    if not LEAST_WORDS <= text.count(" ") + 1 <= MOST_WORDS:
-        return None
+def _turn(draw: Draw, text: str) -> Turn | None:
     spans = _spans(text)
     if not spans:
         return None
@@ -64,12 +60,4 @@ def _turn(draw: Draw, sentence: Sentence) -> Turn | None:
 
 def detail(draw: Draw) -> Made | None:
     """A number, a name or a phrase of a sentence, asked by three to five of its other words."""
-    passage, pieces = draw.passage()
-    turns: list[Turn] = []
-    for sentence in draw.rng.sample(passage, len(passage)):
-        turn = _turn(draw, sentence)
-        if turn is not None:
-            turns.append(turn)
-        if len(turns) == draw.n_questions:
-            break
-    return Made(pieces, turns) if turns else None
+    return of_sentences(draw, lambda text: _turn(draw, text))

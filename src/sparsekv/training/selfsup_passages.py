@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsekv.training import questions_passages as wording
 from sparsekv.training.data_layout import Turn
 from sparsekv.training.selfsup_draw import Draw, Made
-from sparsekv.training.selfsup_text import Passage, Sentence
+from sparsekv.training.selfsup_text import Passage
 
 _WORD = re.compile(r"\S+")
 _PLAIN = re.compile(r"\b[a-z]{5,}\b")
@@ -22,7 +23,7 @@ _STOP_WORDS = (
     "whole whom whose will with within without would your yours"
 )
 COMMON = frozenset(_STOP_WORDS.split())
-LEAST_WORDS, MOST_WORDS = 8, 40
+_LEAST_WORDS, _MOST_WORDS = 8, 40
 """Words of a sentence that something is asked about."""
 ANSWER_TOKENS = (20, 60)
 """Tokens of a continued or repeated stretch."""
@@ -37,7 +38,7 @@ class _Stretch:
     rest: str
 
 
-def one_line(text: str) -> str:
+def _one_line(text: str) -> str:
     """Its words with one blank between them."""
     return " ".join(text.split())
 
@@ -64,7 +65,7 @@ def _stretch(draw: Draw, passage: Passage) -> _Stretch | None:
         (start, _), (_, split) = words[first], words[first + n_opening - 1]
         if text.count(text[start:split]) == 1:
             stop = words[first + n_opening + n_rest - 1][1]
-            return _Stretch(one_line(text[start:split]), text[start:stop], text[split:stop].strip())
+            return _Stretch(_one_line(text[start:split]), text[start:stop], text[split:stop].strip())
     return None
 
 
@@ -116,8 +117,33 @@ def repeat_span(draw: Draw) -> Made | None:
     return Made(pieces, turns)
 
 
-def _gap_turn(draw: Draw, sentence: Sentence, hidden: re.Match[str], questions: tuple[str, ...]) -> Turn:
-    text = one_line(sentence.text)
+def of_sentences(draw: Draw, ask: Callable[[str], Turn | None]) -> Made | None:
+    """A context of text alone, and what `ask` makes of its sentences, in any order; None if it makes nothing of them.
+
+    `ask` is given a sentence of usual length on one line, and returns None where that allows no question.
+    """
+    passage, pieces = draw.passage()
+    turns: list[Turn] = []
+    for sentence in draw.rng.sample(passage, len(passage)):
+        text = _one_line(sentence.text)
+        turn = ask(text) if _LEAST_WORDS <= text.count(" ") + 1 <= _MOST_WORDS else None
+        if turn is not None:
+            turns.append(turn)
+        if len(turns) == draw.n_questions:
+            break
+    return Made(pieces, turns) if turns else None
+
+
+def _gap_turn(draw: Draw, text: str, pattern: re.Pattern[str], questions: tuple[str, ...]) -> Turn | None:
+    """A sentence with one match of a pattern taken out that it holds just once."""
+    found = [
+        match
+        for match in pattern.finditer(text)
+        if match.group() not in COMMON and text.count(match.group()) == 1
+    ]
+    if not found:
+        return None
+    hidden = draw.rng.choice(found)
     gap = text[: hidden.start()] + draw.rng.choice(wording.GAPS) + text[hidden.end() :]
     answer = hidden.group()
     prefixes = wording.WORD_PREFIXES if questions is wording.CLOZE else wording.NAME_PREFIXES
@@ -126,31 +152,11 @@ def _gap_turn(draw: Draw, sentence: Sentence, hidden: re.Match[str], questions: 
     )
 
 
-def _gaps(draw: Draw, pattern: re.Pattern[str], questions: tuple[str, ...]) -> Made | None:
-    """Sentences of the text, each with one match of a pattern taken out that it holds just once."""
-    passage, pieces = draw.passage()
-    turns: list[Turn] = []
-    for sentence in draw.rng.sample(passage, len(passage)):
-        text = one_line(sentence.text)
-        if not LEAST_WORDS <= text.count(" ") + 1 <= MOST_WORDS:
-            continue
-        found = [
-            match
-            for match in pattern.finditer(text)
-            if match.group() not in COMMON and text.count(match.group()) == 1
-        ]
-        if found:
-            turns.append(_gap_turn(draw, sentence, draw.rng.choice(found), questions))
-        if len(turns) == draw.n_questions:
-            break
-    return Made(pieces, turns) if turns else None
-
-
 def cloze(draw: Draw) -> Made | None:
     """A sentence with one of its longer words taken out."""
-    return _gaps(draw, _PLAIN, wording.CLOZE)
+    return of_sentences(draw, lambda text: _gap_turn(draw, text, _PLAIN, wording.CLOZE))
 
 
 def name(draw: Draw) -> Made | None:
     """A sentence with a name taken out: whose is it?"""
-    return _gaps(draw, NAME, wording.NAME)
+    return of_sentences(draw, lambda text: _gap_turn(draw, text, NAME, wording.NAME))
