@@ -36,6 +36,22 @@ def test_a_folder_is_read_in_order(folder: Path) -> None:
     assert found(path=str(folder / "a.jsonl"), text_field="body") == ["x"]
 
 
+def test_wikitext_is_read_as_it_was_written(tmp_path: Path) -> None:
+    spaced = (
+        " = = Career = = \n \n A two @-@ part film , made for $ 1 @,@ 200 @.@ 50 ( all told ) . \n"
+        ' He said , " I ca n\'t go , it \'s the boys \' turn ! " in " The End " . \n'
+    )
+    written = (
+        "Career\n\nA two-part film, made for $1,200.50 (all told).\n"
+        'He said, "I can\'t go, it\'s the boys\' turn!" in "The End".\n'
+    )
+    other = "A film , which nobody spaced apart @ - @ by rule .\n"
+    (tmp_path / "a.txt").write_text(spaced)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": other}))
+    assert found(path=str(tmp_path), detokenize="wikitext") == [written, other]
+    assert found(path=str(tmp_path)) == [spaced, other]
+
+
 def test_the_packaged_book_is_the_half_no_benchmark_reads() -> None:
     from sparsekv.benchmarks.data import packaged
 

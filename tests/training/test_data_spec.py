@@ -46,6 +46,8 @@ def test_families_of_weight_zero_are_not_drawn() -> None:
         ({"families": {"recall": 0}}, "all weights are 0"),
         ({"path": "book_eval"}, "what the benchmarks read; train on 'book_train'"),
         ({"path": []}, "list is empty"),
+        ({"kind": "qa", "detokenize": "wikitext"}, "detokenize is for documents"),
+        ({"detokenize": "wiki"}, "detokenize.*'wikitext'"),
         ({"kind": "mix"}, "kind is 'mix' and mix has 0 parts"),
         ({"kind": "text", "mix": [{}]}, "kind is 'text' and mix has 1 parts"),
         ({"mix": [{"kind": "text", "path": "a/b", "streaming": True}]}, "streaming is not possible in a mix"),

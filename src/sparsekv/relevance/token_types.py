@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.policies.vocabulary import UNSEEN, grown, vocabulary_of
+from sparsekv.stop_words import STOP_WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,17 +21,6 @@ KINDS = ("special", "punctuation", "stop_word", "number", "content")
 """The kinds, in the order of `token_types`' numbers; a token has the first that fits."""
 
 _SPECIAL, _PUNCTUATION, _STOP_WORD, _NUMBER, _CONTENT = range(len(KINDS))
-
-_WORDS = (
-    "a about after again all also am an and any are as at be because been before being between both but by can "
-    "could did do does doing down during each for from further had has have having he her here hers him his how i "
-    "if in into is it its itself just me more most my no nor not now of off on once only or other our ours out "
-    "over own same she should so some such than that the their theirs them then there these they this those "
-    "through to too under until up us very was we were what when where which while who whom why will with would "
-    "you your yours"
-)
-STOP_WORDS = frozenset(_WORDS.split())
-"""English function words. Words of other languages count as content."""
 
 _IN_NUMBERS = set(".,:/-+%")
 

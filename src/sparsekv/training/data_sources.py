@@ -17,6 +17,7 @@ from typing import Any
 from sparsekv.benchmarks.data import packaged, read_text
 from sparsekv.errors import ConfigError
 from sparsekv.training.data_spec import TRAIN_BOOK, DataConfig
+from sparsekv.training.data_wikitext import wikitext_as_written
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -50,7 +51,8 @@ def documents(config: DataConfig, refused: Refusals) -> Iterator[str]:
     ConfigError
         A file, folder or data set that cannot be read.
     """
-    return islice(_documents(config, refused), config.max_documents)
+    found = islice(_documents(config, refused), config.max_documents)
+    return map(wikitext_as_written, found) if config.detokenize else found
 
 
 def _documents(config: DataConfig, refused: Refusals) -> Iterator[str]:

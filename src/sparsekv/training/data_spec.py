@@ -54,6 +54,8 @@ class DataConfig(Strict):
     path : one or several of: a .txt, .jsonl or (rows only) .parquet file, a folder of .txt and .jsonl files,
         "book_train" (the packaged half of a book that no benchmark reads), the id of a data set on the Hub
     text_field : the column of a document in .jsonl rows and Hub data sets
+    detokenize : "wikitext": documents that are spaced as WikiText is ("a two @-@ part film , made by") are read as
+        they were written; not for "qa"
     split, subset : of a data set on the Hub
     streaming : read a Hub data set while training, never all of it; only by itself, not in a mix
     max_documents : read at most so many documents or rows
@@ -75,6 +77,7 @@ class DataConfig(Strict):
     kind: Literal["text", "qa", "selfsup", "mix"] = "selfsup"
     path: Annotated[list[str], BeforeValidator(_as_list)] = Field(default=[TRAIN_BOOK])
     text_field: str = "text"
+    detokenize: Literal["wikitext"] | None = None
     split: str = "train"
     subset: str | None = None
     streaming: bool = False
@@ -123,6 +126,10 @@ class DataConfig(Strict):
         if (self.kind == "mix") != bool(self.mix):
             raise ValueError(
                 f"kind is '{self.kind}' and mix has {len(self.mix)} parts; parts belong to kind 'mix' alone"
+            )
+        if self.detokenize and self.kind == "qa":
+            raise ValueError(
+                "detokenize is for documents (kind 'text' or 'selfsup'); rows of kind 'qa' stay as they are"
             )
         least, most = self.min_context_tokens, self.context_tokens
         if least is not None and least > most:
