@@ -1,6 +1,6 @@
 """Imports point one way: every module may use what stands left of it, and nothing goes round in a circle.
 
-    errors registry config_files files < selection architecture < policies < relevance < cache
+    errors registry config_files files stop_words < selection architecture < policies < relevance < cache
     < eviction remembered masked plan observers attention probe < models generation factory < metrics benchmarks
     < config < training < evaluation < reporting < cli
 
@@ -17,7 +17,7 @@ import sparsekv
 ROOT = Path(sparsekv.__file__).parent
 
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors", "registry", "config_files", "files"),
+    ("errors", "registry", "config_files", "files", "stop_words"),
     ("selection", "architecture"),
     ("policies",),
     ("relevance",),
@@ -139,7 +139,7 @@ def test_every_allowed_exception_is_still_needed() -> None:
 
 
 def test_the_leaves_import_no_torch_and_nothing_of_the_project() -> None:
-    for name in ("errors", "registry", "config_files"):
+    for name in ("errors", "registry", "config_files", "stop_words"):
         text = MODULES[name].read_text(encoding="utf-8")
         assert "import torch" not in text
         assert GRAPH[name] <= {"errors"}

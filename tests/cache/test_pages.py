@@ -111,6 +111,50 @@ def test_pages_are_taken_whole() -> None:
         store.take_pages(1, chosen.long())
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    rows=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    most=st.integers(1, 700),
+    page_size=st.sampled_from([1, 2, 4, 16]),
+    gone=st.sampled_from([0.0, 0.02, 0.5]),
+    share=st.sampled_from([0.05, 0.5, 1.0]),
+)
+def test_chosen_pages_hold_what_each_page_holds_alone(
+    seed: int, rows: int, heads: int, most: int, page_size: int, gone: float, share: float
+) -> None:
+    """Whole stretches of pages, scattered ones, with holes in their middle, at their end and nowhere."""
+    rng = torch.Generator().manual_seed(seed)
+    store = MemoryStore(page_size)
+    counts = torch.randint(0, most + 1, (rows, heads), generator=rng)
+    counts[-1, -1] = most
+    columns = torch.cat([torch.randperm(n, generator=rng) for n in counts.flatten().tolist()])
+    keys = torch.arange(len(columns), dtype=torch.float32)[:, None].expand(-1, 2)
+    store.put_layer(0, counts, columns, keys, -keys)
+    for row in range(rows):
+        for head in range(heads):
+            held = store.columns(0, row, head)
+            store.take(0, row, head, held[torch.rand(len(held), generator=rng) < gone])
+    every = store.all_pages(0, rows, heads)
+    chosen = torch.rand(every.shape, generator=rng) < share
+    found = store.peek_pages(0, chosen)
+    alone = []
+    for place in chosen.nonzero().tolist():
+        one = torch.zeros_like(chosen)
+        one[tuple(place)] = True
+        alone.append(store.peek_pages(0, one))
+    counted = sum((one.counts for one in alone), torch.zeros_like(found.counts))
+    assert torch.equal(found.counts, counted)
+    for name in ("columns", "keys", "values"):
+        parts = [getattr(one, name) for one in alone] or [getattr(found, name)[:0]]
+        assert torch.equal(getattr(found, name), torch.cat(parts))
+    ends = found.counts.flatten().cumsum(0).tolist()
+    for segment, (end, n) in enumerate(zip(ends, found.counts.flatten().tolist(), strict=True)):
+        kept, _ = store.peek(0, segment // heads, segment % heads, found.columns[end - n : end])
+        assert torch.equal(kept, found.keys[end - n : end])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**31 - 1), st.integers(1, 40), st.integers(1, 6), st.sampled_from(["f32", "bf16", "f16"])

@@ -65,6 +65,19 @@ def test_what_is_read_is_a_copy(store: PassiveStore) -> None:
     assert torch.equal(store.peek_layer(0, counts, columns)[0], was)
 
 
+def test_what_a_caller_changes_after_a_put_was_not_put(store: PassiveStore) -> None:
+    """A put is entered when somebody looks; what the caller's tensors hold by then does not matter."""
+    counts, columns, keys, values = ragged([[3, 2]])
+    expected = keys.clone(), values.clone()
+    store.put_layer(0, counts, columns, keys, values)
+    for given in (counts, columns, keys, values):
+        given.fill_(1)
+    assert store.n_entries == 5 and store.counts(0).tolist() == [[3, 2]]
+    assert store.columns(0, 0, 0).tolist() == [0, 1, 2] and store.columns(0, 0, 1).tolist() == [0, 1]
+    found = store.take_layer(0, torch.tensor([[3, 2]]), torch.tensor([0, 1, 2, 0, 1]))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_a_head_alone_and_a_layer_at_once_are_the_same(store: PassiveStore) -> None:
     counts, columns, keys, values = ragged([[5, 0], [3, 7]])
     store.put_layer(2, counts, columns, keys, values)

@@ -24,7 +24,7 @@ from safetensors.numpy import load, save
 
 from sparsekv.cache.disk_log import BLOCK_ROWS, DTYPES, DiskLog, failed
 from sparsekv.cache.pages import LayerIndex
-from sparsekv.cache.places import Ints, Request
+from sparsekv.cache.places import Ints, Places, Request
 from sparsekv.errors import ConfigError
 from sparsekv.files import sync_folder, write_atomically
 
@@ -161,12 +161,13 @@ def read_index(folder: Path, manifest: Manifest, page_size: int, log: DiskLog) -
     for name, counts in arrays.items():
         if name.endswith(".counts"):
             layer = int(name.split(".")[1])
-            layers[layer] = LayerIndex(page_size)
             columns, slots = (arrays[f"layers.{layer}.{kind}"] for kind in ("columns", "slots"))
             request = Request(counts, columns, int(columns.max(initial=-1)))
-            layers[layer].places.fit(counts.shape[0], counts.shape[1], request.top + 1)
-            layers[layer].places.make_room(counts)
-            layers[layer].places.insert(request, slots)
+            places = Places(page_size)
+            places.fit(*request.shape)
+            places.make_room(request.counts)
+            places.insert(request, slots)
+            layers[layer] = LayerIndex(places)
     return layers
 
 

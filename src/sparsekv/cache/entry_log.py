@@ -23,6 +23,9 @@ from sparsekv.errors import ConfigError
 _SLACK = 1024
 """Dead entries that nothing is done about."""
 
+_MOST_SLOTS = 2**31 - 1
+"""Slots are 32 bits wide."""
+
 
 class Chunk:
     """Keys and values [capacity, D] in one place; the first `used` rows are written."""
@@ -108,7 +111,7 @@ class EntryLog(ABC):
                     number = next(
                         i for i in range(len(self.chunks) + len(fresh) + 1) if not self._taken(i, fresh)
                     )
-                    if (number + 1) << self.shift > np.iinfo(np.int32).max:
+                    if (number + 1) << self.shift > _MOST_SLOTS:
                         raise ConfigError(f"the passive store is full: it holds {self.n_used} entries")
                     chunk = fresh[number] = self._new_chunk(len(keys) - start, keys)
                 n = min(len(keys) - start, chunk.capacity - chunk.used)
@@ -225,14 +228,18 @@ class EntryLog(ABC):
         self._held = 0
 
 
+_NO_BREAKS = np.zeros(0, np.int64)
+
+
 class _Gather:
     """How rows of a chunk are best copied: as slices, as pages, or one by one."""
 
     def __init__(self, rows: Ints, run: int, capacity: int) -> None:
         self.run = run
         self.slices: list[tuple[int, int]] | None = None
-        self.index = torch.zeros(0, dtype=torch.int32)
-        breaks = np.flatnonzero(rows[1:] - rows[:-1] != 1) + 1
+        self.index: Tensor | None = None
+        apart = rows[1:] - rows[:-1] != 1
+        breaks = np.flatnonzero(apart) + 1 if apart.any() else _NO_BREAKS
         if len(breaks) <= len(rows) // 256:
             ends = [*breaks.tolist(), len(rows)]
             self.slices = [(int(rows[a]), b - a) for a, b in zip([0, *breaks.tolist()], ends, strict=True)]
@@ -255,4 +262,4 @@ class _Gather:
             # Overlapping view: its row i is the run of entries that starts at row i.
             shape = (source.shape[0] - self.run + 1, self.run * width)
             source, out = source.as_strided(shape, (width, 1)), out.view(-1, self.run * width)
-        torch.index_select(source, 0, self.index, out=out)
+        torch.index_select(source, 0, self.index, out=out)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ class Holdings(ABC):
     @property
     def n_entries(self) -> int:
         """Entries of all layers, rows and kv heads; one that rows share counts in each."""
-        return sum(entry.places.n_entries for entry in self._layers.values())
+        return sum(entry.n_entries for entry in self._layers.values())
 
     @property
     def memory_bytes(self) -> int:
@@ -166,10 +166,10 @@ class Holdings(ABC):
             yield from (layers[layer] for layer in self._sharing(log) if layer in layers)
 
     def _n_live(self, log: EntryLog) -> int:
-        return sum(self._layers[i].places.n_entries for i in self._sharing(log) if i in self._layers)
+        return sum(self._layers[i].n_entries for i in self._sharing(log) if i in self._layers)
 
     def _live(self, log: EntryLog) -> Ints:
-        parts = [holder.places.live_slots() for holder in self._holders(log)]
+        parts = [holder.places.live_slots() for holder in self._holders(log) if holder.n_entries]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def _reclaim(self, log: EntryLog, *, taking: bool = False) -> None:

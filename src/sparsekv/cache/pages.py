@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.cache.places import NONE, Ints, Places, padded, remap
+from sparsekv.cache.places import NONE, Ints, Places, Request, padded, remap
 from sparsekv.errors import ConfigError
 from sparsekv.policies.step_rules import box_bounds
 
@@ -172,33 +172,67 @@ class PageSummaries:
 
 
 class LayerIndex:
-    """What a store knows of one layer: where its entries lie, and what their pages hold."""
+    """What a store knows of one layer: where its entries lie, and what their pages hold.
 
-    def __init__(self, page_size: int) -> None:
-        self.places, self.pages = Places(page_size), PageSummaries(page_size)
+    A put is written down and entered into `places` when somebody looks there: entries leave the fast cache between two
+    layers of a forward, and are looked for later.
+
+    Attributes
+    ----------
+    n_entries : int
+        Of all puts, entered or not. Asking does not enter one.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places, self.pages = places, PageSummaries(places.page_size)
+        self._waiting: tuple[Request, Ints] | None = None
+
+    @property
+    def places(self) -> Places:
+        """Where the entries lie, all puts entered."""
+        self._enter()
+        return self._places
+
+    @property
+    def n_entries(self) -> int:
+        return self._places.n_entries + (0 if self._waiting is None else len(self._waiting[1]))
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.places.nbytes + self.pages.nbytes
 
+    def append(self, request: Request, slots: Ints) -> None:
+        """Put the entries of a request, which may be put (`Places.check_new`) and lie in `slots`."""
+        self._enter()
+        self._waiting = request.copy(), slots
+
+    def _enter(self) -> None:
+        if self._waiting is None:
+            return
+        request, slots = self._waiting
+        if self._places.has_holes:
+            self.pages.reorder(self._places.squeeze())
+        self._places.fit(*request.shape)
+        self._places.make_room(request.counts)
+        self._places.insert(request, slots)
+        self._waiting = None
+
     def copy(self) -> LayerIndex:
         """An independent copy."""
-        twin = LayerIndex(self.places.page_size)
-        twin.places, twin.pages = self.places.copy(), self.pages.copy()
+        twin = LayerIndex(self.places.copy())
+        twin.pages = self.pages.copy()
         return twin
-
-    def squeeze(self) -> None:
-        """Close the holes that entries left, if they are more than half."""
-        if self.places.has_holes:
-            self.pages.reorder(self.places.squeeze())
 
     def forget_changed(self) -> None:
         """Call it before slots that nothing holds any more can be given anew.
 
         A summary that lags behind would take another entry in an old slot for the one it knew.
         """
-        self.pages.forget_changed(self.places.slot)
+        if self.n_entries:
+            self.pages.forget_changed(self.places.slot)
+        elif self.pages.of.size:
+            self.pages.reorder(None)
 
     def take_rows(self, rows: Ints) -> None:
         """New row i is old row `rows[i]`."""

@@ -85,9 +85,10 @@ class PassiveStore(Holdings):
         request = Request.of(counts, columns)
         n = len(request.columns)
         self._check_entries(n, keys, values)
-        entry = self._layers.get(layer) or LayerIndex(self.page_size)
-        entry.places.fit(request.counts.shape[0], request.counts.shape[1], request.top + 1)
-        entry.places.check_new(layer, request)
+        entry = self._layers.get(layer) or LayerIndex(Places(self.page_size))
+        if entry.n_entries or not request.ascending:
+            entry.places.fit(*request.shape)
+            entry.places.check_new(layer, request)
         if not n:
             return
         if self.dtype is None:
@@ -95,10 +96,7 @@ class PassiveStore(Holdings):
         self.device = keys.device
         log = self._log(layer)
         self._reclaim(log)
-        slots = log.append(keys.detach(), values.detach())
-        entry.squeeze()
-        entry.places.make_room(request.counts)
-        entry.places.insert(request, slots)
+        entry.append(request, log.append(keys.detach(), values.detach()))
         self._layers[layer] = entry
 
     def take_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,14 +197,13 @@ class PassiveStore(Holdings):
         held = [part for part in parts if len(part.columns)]  # an empty store knows no head size
         if not held:
             return
-        entry = LayerIndex(self.page_size)
-        entry.places = Places.stacked([store._places(layer) for store in stores], rows, heads, shifts)
+        places = Places.stacked([store._places(layer) for store in stores], rows, heads, shifts)
         keys, values = (torch.cat([getattr(part, name) for part in held]) for name in ("keys", "values"))
-        self._check_entries(entry.places.n_entries, keys, values)
+        self._check_entries(places.n_entries, keys, values)
         self.dtype, self.width, self.device = keys.dtype, keys.shape[1], keys.device
         slots = self._log(layer).append(keys, values)
-        entry.places.slot[entry.places.slot != NONE] = slots
-        self._layers[layer] = entry
+        places.slot[places.slot != NONE] = slots
+        self._layers[layer] = LayerIndex(places)
 
     def _pages(self, layer: int, chosen: Tensor, *, take: bool) -> PageEntries:
         self._check_open()
@@ -289,7 +286,7 @@ class PassiveStore(Holdings):
         """
         self._check_open()
         entry = self._layers.get(layer)
-        if entry is None or not entry.places.n_entries:
+        if entry is None or not entry.n_entries:
             return None
         if width != self.width:
             raise ConfigError(f"query has head size {width}; the keys of the passive store have {self.width}")

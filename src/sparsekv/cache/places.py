@@ -11,7 +11,8 @@ packed [N], row-major over (row, kv head). Integers only: this module knows noth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,6 +27,9 @@ Array = TypeVar("Array", bound=npt.NDArray[Any])
 NONE = -1
 """No place, no slot, no column."""
 
+_MOST_SPANS = 64
+"""Stretches of places that are worth to be looked at one by one."""
+
 _HIGHEST = 2**31 - 2
 """Columns are 32 bits wide."""
 
@@ -37,7 +41,7 @@ class Request:
     Attributes
     ----------
     counts : int64 [B, H]
-    columns : int64 [N]
+    columns : int64 or int32 [N]
     top : the highest column; -1 if there is none
     ascending : columns ascend within each (row, kv head), so none stands twice
     """
@@ -60,25 +64,38 @@ class Request:
             )
         wanted = wanted.astype(np.int64, copy=False)
         at = np.ascontiguousarray(at, dtype=np.int64)
-        sizes = wanted.reshape(-1)
-        ends = sizes.cumsum()
-        if int(sizes.min(initial=0)) < 0 or int(sizes.sum()) != len(at):
+        # heads are few: a list of them is quicker than an array
+        sizes = wanted.reshape(-1).tolist()
+        ends = list(accumulate(sizes))
+        if min(sizes, default=0) < 0 or sum(sizes) != len(at):
             raise ConfigError(
-                f"counts of a request add up to {int(sizes.sum())}, but there are {len(at)} columns; counts may not be "
+                f"counts of a request add up to {sum(sizes)}, but there are {len(at)} columns; counts may not be "
                 "negative"
             )
-        falls = np.flatnonzero(at[1:] <= at[:-1]) + 1
-        ascending = len(falls) < len(ends) and set(falls.tolist()) <= set(ends.tolist())
+        rises = at[1:] > at[:-1]
+        rises[[end - 1 for end in ends if 0 < end < len(at)]] = True  # from one head to the next
+        ascending = bool(rises.all())
         edges = at
         if ascending:  # the usual case: the first and the last of each head say it all
-            real = sizes > 0
-            edges = at[np.concatenate([(ends - sizes)[real], ends[real] - 1])]
+            edges = at[
+                [place for end, n in zip(ends, sizes, strict=True) if n for place in (end - n, end - 1)]
+            ]
         low, top = int(edges.min(initial=0)), int(edges.max(initial=NONE))
         if low < 0 or top > _HIGHEST:
             raise ConfigError(
                 f"columns of a request must lie between 0 and {_HIGHEST}, got {low if low < 0 else top}"
             )
         return cls(wanted, at, top, ascending)
+
+    def copy(self) -> Request:
+        """One that keeps nothing of the caller's memory."""
+        return replace(self, counts=self.counts.copy(), columns=self.columns.astype(np.int32))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What it needs of an index: rows, kv heads, columns."""
+        rows, heads = self.counts.shape
+        return rows, heads, self.top + 1
 
     def segments(self) -> Iterator[tuple[int, int, int, int]]:
         """(row, kv head, start, end) of the entries of every (row, kv head) that has any."""
@@ -244,15 +261,49 @@ class Places:
         """(page numbers flat over [B, H, P], counts [B, H], columns [N], slots [N]) of chosen pages [B, H, P]."""
         rows, heads, pages = self.shape
         which = np.flatnonzero(chosen)
+        spans = self._spans(which)
+        if spans is not None:
+            counts = np.zeros(rows * heads, np.int64)
+            for first, last in spans:
+                counts[first // self.slot.shape[2]] += last - first
+            slots, columns = (
+                np.concatenate([array.reshape(-1)[a:b] for a, b in spans])
+                for array in (self.slot, self.column)
+            )
+            return which, counts.reshape(rows, heads), columns.astype(np.int64), slots
         slots = self.slot.reshape(-1, self.page_size)[which]
         columns = self.column.reshape(-1, self.page_size)[which]
-        owner = which // max(pages, 1)
-        counts = np.bincount(owner, minlength=rows * heads) * self.page_size
-        if slots.size and int(slots.min()) == NONE:
-            held = slots != NONE
-            slots, columns = slots[held], columns[held]
-            counts = np.bincount(owner, held.sum(axis=1), minlength=rows * heads).astype(np.int64)
-        return which, counts.reshape(rows, heads), columns.reshape(-1).astype(np.int64), slots.reshape(-1)
+        held = slots != NONE
+        counts = np.bincount(which // pages, held.sum(axis=1), minlength=rows * heads).astype(np.int64)
+        return which, counts.reshape(rows, heads), columns[held].astype(np.int64), slots[held]
+
+    def _spans(self, which: Ints) -> list[tuple[int, int]] | None:
+        """The places of pages [n], flat over [B, H, R], as stretches without a hole, each of one kv head.
+
+        None if they lie so scattered that it is quicker to name them one by one.
+        """
+        spans: list[tuple[int, int]] = []
+        for first, last in self._runs(which):
+            if len(spans) > _MOST_SPANS:
+                return None
+            slots = self.slot.reshape(-1)[first:last]
+            holes = np.flatnonzero(slots == NONE)
+            if len(holes) and int(holes[0]) < len(slots) - len(holes):  # not only where the last page ends
+                return None
+            spans.append((first, last - len(holes)))
+        return spans or None
+
+    def _runs(self, which: Ints) -> list[tuple[int, int]]:
+        """The places of pages [n] as stretches of neighbouring pages of one kv head: first, one past the last."""
+        pages = max(self.shape[2], 1)
+        apart = (which[1:] - which[:-1] != 1) | (which[1:] % pages == 0)
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist()] if len(which) else []
+        stops = [*starts[1:], len(which)]
+        size = self.page_size
+        return [
+            (int(which[a]) * size, (int(which[b - 1]) + 1) * size)
+            for a, b in zip(starts, stops, strict=False)
+        ]
 
     def remove_pages(self, which: Ints, n: int) -> None:
         """Forget the `n` entries of pages, numbered flat over [B, H, P]."""
