@@ -10,3 +10,14 @@ _WORDS = (
 )
 STOP_WORDS = frozenset(_WORDS.split())
 """English function words. Words of other languages count as content."""
+
+_LONGER = (
+    "about above after again against almost along already also although always among another anything because "
+    "before being below between beyond could during either enough every everything first from further great "
+    "having however itself least little might more most much never nothing often other others ought perhaps "
+    "quite rather really seemed shall should since something still such than their theirs them then there "
+    "these they thing things this those though through under until upon very were what when where which while "
+    "whole whom whose will with within without would your yours"
+)
+COMMON = frozenset(_LONGER.split())
+"""Longer words that could stand in any sentence, function words among them: nobody would ask for them."""

@@ -111,6 +111,14 @@ def test_pages_are_taken_whole() -> None:
         store.take_pages(1, chosen.long())
 
 
+def test_neighbouring_pages_of_several_heads_count_for_each_head() -> None:
+    store, counts = MemoryStore(4), torch.tensor([[8, 8], [8, 4]])
+    columns = torch.cat([torch.arange(n) for n in counts.flatten().tolist()])
+    store.put_layer(0, counts, columns, torch.randn(28, 2), torch.randn(28, 2))
+    found = store.peek_pages(0, store.all_pages(0, 2, 2))
+    assert torch.equal(found.counts, counts) and torch.equal(found.columns, columns)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),

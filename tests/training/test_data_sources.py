@@ -40,16 +40,27 @@ def test_wikitext_is_read_as_it_was_written(tmp_path: Path) -> None:
     spaced = (
         " = = Career = = \n \n A two @-@ part film , made for $ 1 @,@ 200 @.@ 50 ( all told ) . \n"
         ' He said , " I ca n\'t go , it \'s the boys \' turn ! " in " The End " . \n'
+        " They 'd seen the songs ' Foo ' and the sisters ' , at 3 : 04 in 1861 – 65 , for £ 9 . \n"
     )
     written = (
         "Career\n\nA two-part film, made for $1,200.50 (all told).\n"
         'He said, "I can\'t go, it\'s the boys\' turn!" in "The End".\n'
+        "They'd seen the songs ' Foo ' and the sisters', at 3:04 in 1861–65, for £9.\n"
     )
-    other = "A film , which nobody spaced apart @ - @ by rule .\n"
+    rows = [
+        " = Valkyria = \n",
+        ' As " Connor Price " . ',
+        "A film, 3 to - 4, which nobody spaced apart. It's so!\n",
+    ]
     (tmp_path / "a.txt").write_text(spaced)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": other}))
-    assert found(path=str(tmp_path), detokenize="wikitext") == [written, other]
-    assert found(path=str(tmp_path)) == [spaced, other]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert found(path=str(tmp_path), detokenize="wikitext") == [
+        written,
+        "Valkyria\n",
+        'As "Connor Price".',
+        rows[2],
+    ]
+    assert found(path=str(tmp_path)) == [spaced, *rows]
 
 
 def test_the_packaged_book_is_the_half_no_benchmark_reads() -> None:

@@ -174,8 +174,8 @@ class PageSummaries:
 class LayerIndex:
     """What a store knows of one layer: where its entries lie, and what their pages hold.
 
-    A put is written down and entered into `places` when somebody looks there: entries leave the fast cache between two
-    layers of a forward, and are looked for later.
+    A put is given room at once, and entered into `places` when somebody looks there: entries leave the fast cache
+    between two layers of a forward, and are looked for later.
 
     Attributes
     ----------
@@ -190,7 +190,9 @@ class LayerIndex:
     @property
     def places(self) -> Places:
         """Where the entries lie, all puts entered."""
-        self._enter()
+        if self._waiting is not None:
+            (request, slots), self._waiting = self._waiting, None
+            self._places.insert(request, slots)
         return self._places
 
     @property
@@ -204,19 +206,12 @@ class LayerIndex:
 
     def append(self, request: Request, slots: Ints) -> None:
         """Put the entries of a request, which may be put (`Places.check_new`) and lie in `slots`."""
-        self._enter()
+        places = self.places
+        if places.has_holes:
+            self.pages.reorder(places.squeeze())
+        places.fit(*request.shape)
+        places.make_room(request.counts)
         self._waiting = request.copy(), slots
-
-    def _enter(self) -> None:
-        if self._waiting is None:
-            return
-        request, slots = self._waiting
-        if self._places.has_holes:
-            self.pages.reorder(self._places.squeeze())
-        self._places.fit(*request.shape)
-        self._places.make_room(request.counts)
-        self._places.insert(request, slots)
-        self._waiting = None
 
     def copy(self) -> LayerIndex:
         """An independent copy."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ NONE = -1
 """No place, no slot, no column."""
 
 _MOST_SPANS = 64
-"""Stretches of places that are worth to be looked at one by one."""
+"""Most stretches of places that are looked at one by one."""
 
 _HIGHEST = 2**31 - 2
 """Columns are 32 bits wide."""
@@ -282,28 +282,19 @@ class Places:
 
         None if they lie so scattered that it is quicker to name them one by one.
         """
-        spans: list[tuple[int, int]] = []
-        for first, last in self._runs(which):
-            if len(spans) > _MOST_SPANS:
-                return None
-            slots = self.slot.reshape(-1)[first:last]
-            holes = np.flatnonzero(slots == NONE)
-            if len(holes) and int(holes[0]) < len(slots) - len(holes):  # not only where the last page ends
+        pages, size = self.shape[2], self.page_size
+        starts = np.flatnonzero((which[1:] - which[:-1] != 1) | (which[1:] % pages == 0)) + 1
+        if not len(which) or len(starts) >= _MOST_SPANS:
+            return None
+        edges = [0, *starts.tolist(), len(which)]
+        spans = []
+        for a, b in pairwise(edges):
+            first, last = int(which[a]) * size, (int(which[b - 1]) + 1) * size
+            holes = np.flatnonzero(self.slot.reshape(-1)[first:last] == NONE)
+            if len(holes) and int(holes[0]) < last - first - len(holes):  # not only where the last page ends
                 return None
             spans.append((first, last - len(holes)))
-        return spans or None
-
-    def _runs(self, which: Ints) -> list[tuple[int, int]]:
-        """The places of pages [n] as stretches of neighbouring pages of one kv head: first, one past the last."""
-        pages = max(self.shape[2], 1)
-        apart = (which[1:] - which[:-1] != 1) | (which[1:] % pages == 0)
-        starts = [0, *(np.flatnonzero(apart) + 1).tolist()] if len(which) else []
-        stops = [*starts[1:], len(which)]
-        size = self.page_size
-        return [
-            (int(which[a]) * size, (int(which[b - 1]) + 1) * size)
-            for a, b in zip(starts, stops, strict=False)
-        ]
+        return spans
 
     def remove_pages(self, which: Ints, n: int) -> None:
         """Forget the `n` entries of pages, numbered flat over [B, H, P]."""

@@ -55,7 +55,7 @@ class DataConfig(Strict):
         "book_train" (the packaged half of a book that no benchmark reads), the id of a data set on the Hub
     text_field : the column of a document in .jsonl rows and Hub data sets
     detokenize : "wikitext": documents that are spaced as WikiText is ("a two @-@ part film , made by") are read as
-        they were written; not for "qa"
+        they were written. Only for "text" and "selfsup"
     split, subset : of a data set on the Hub
     streaming : read a Hub data set while training, never all of it; only by itself, not in a mix
     max_documents : read at most so many documents or rows
@@ -127,9 +127,9 @@ class DataConfig(Strict):
             raise ValueError(
                 f"kind is '{self.kind}' and mix has {len(self.mix)} parts; parts belong to kind 'mix' alone"
             )
-        if self.detokenize and self.kind == "qa":
+        if self.detokenize and self.kind not in ("text", "selfsup"):
             raise ValueError(
-                "detokenize is for documents (kind 'text' or 'selfsup'); rows of kind 'qa' stay as they are"
+                f"detokenize is for kind 'text' or 'selfsup' (also as parts of a mix), not '{self.kind}'"
             )
         least, most = self.min_context_tokens, self.context_tokens
         if least is not None and least > most:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import re
 
-_MARKS = re.compile(r" @([-,.])@ ")
+_SPACED = re.compile(r" @[-,.]@ | , | \. ?$|^ ?= .* = ?$", re.MULTILINE)
+"""What tells a text that is spaced so: one of these stands in nearly every line of it."""
+
 _RULES = (
     (re.compile(r"^[ \t]*((?:= )+)(.+?)(?: =)+[ \t]*$", re.MULTILINE), r"\2"),
     (re.compile(r"^[ \t]+|[ \t]+$", re.MULTILINE), ""),
-    (_MARKS, r"\1"),
+    (re.compile(r" @([-,.])@ "), r"\1"),
     (re.compile(r'" ([^"\n]*?) "'), r'"\1"'),
+    (re.compile(r"(?<=s) '(?= [a-z.,;:!?)]|$)", re.MULTILINE), "'"),
     (re.compile(r" ([,.;:!?%)\]])"), r"\1"),
     (re.compile(r"([(\[$£€]) "), r"\1"),
     (re.compile(r" (n't|'(?:s|t|d|m|re|ve|ll))\b"), r"\1"),
-    (re.compile(r"(?<=s) '(?= )"), "'"),
+    (re.compile(r"(?<=\d)(:) (?=\d)|(?<=\d) ([–/]) (?=\d)"), r"\1\2"),
 )
-"""Headings, blanks around a line, joined words and numbers, quotations, marks, short forms."""
+"""Headings, blanks around a line, joined words and numbers, quotations, the apostrophe that ends a word, marks, short
+forms, times and ranges."""
 
 
 def wikitext_as_written(text: str) -> str:
-    """A text without WikiText's spacing; any other text, known by having none of its marks, as it is.
+    """A text without WikiText's spacing; one that is not spaced so stays as it is.
 
-    Not every blank can be told: an apostrophe that ends a word is joined only to an s. `<unk>` stays.
+    Not every blank can be told: quotation marks are paired within a line, so an odd one (12 " wide) misleads them, and
+    an apostrophe is joined only to an s before it. `<unk>` stays.
     """
-    if not _MARKS.search(text):
+    if not _SPACED.search(text):
         return text
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sparsekv.stop_words import COMMON
 from sparsekv.training import questions_passages as wording
 from sparsekv.training.data_layout import Turn
 from sparsekv.training.selfsup_draw import Draw, Made
@@ -14,15 +15,6 @@ from sparsekv.training.selfsup_text import Passage
 _WORD = re.compile(r"\S+")
 _PLAIN = re.compile(r"\b[a-z]{5,}\b")
 NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
-_STOP_WORDS = (
-    "about above after again against almost along already also although always among another anything because "
-    "before being below between beyond could during either enough every everything first from further great "
-    "having however itself least little might more most much never nothing often other others ought perhaps "
-    "quite rather really seemed shall should since something still such than their theirs them then there "
-    "these they thing things this those though through under until upon very were what when where which while "
-    "whole whom whose will with within without would your yours"
-)
-COMMON = frozenset(_STOP_WORDS.split())
 _LEAST_WORDS, _MOST_WORDS = 8, 40
 """Words of a sentence that something is asked about."""
 ANSWER_TOKENS = (20, 60)
