@@ -2,12 +2,13 @@
 
     python benchmarks/tiers.py
 
-For every layer of a context, keys and values of all kv heads are put into a store as one batch, read (peek), bounded by
-their page summaries, and taken out again: named by columns, and by pages. Beside each put the same bytes are copied
-plainly: into memory that was there before ("warm": the fastest, which nothing that keeps or returns entries can be),
-into new memory that stays, as a memory store's does, into memory that is given back at once and so handed out again,
-as what a caller reads is, and, for the disk store, into a newly made mapped file and out of it. Printed are medians
-over all layers and rounds, their ratios to the warm memcpy and, for the memory store, to the memcpy that does the same.
+For every layer of a context, keys and values of all kv heads are checked (a TieredCache moves nothing that is NaN or
+infinite), put into a store as one batch, read (peek), bounded by their page summaries, and taken out again: named by
+columns, and by pages. Beside each put the same bytes are copied plainly: into memory that was there before ("warm": the
+fastest, which nothing that keeps or returns entries can be), into new memory that stays, as a memory store's does, into
+memory that is given back at once and so handed out again, as what a caller reads is, and, for the disk store, into a
+newly made mapped file and out of it. Printed are medians over all layers and rounds, their ratios to the warm memcpy
+and, for the memory store, to the memcpy that does the same.
 The disk store's figures contain its checksums; its files are looked at again 0.1 s after the puts, because a file that
 has just been written to is checked at every read. A model of 8 billion parameters:
 
@@ -39,6 +40,7 @@ from sparsekv import TieredCache, compress, load_model
 from sparsekv.cache.disk import DiskStore
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
+from sparsekv.cache.tiers import all_finite
 
 WARM = "memcpy, warm"
 STAYS, RETURNED = "memcpy, new memory that stays", "memcpy, memory given back"
@@ -138,6 +140,7 @@ def measure(name: str, store: PassiveStore, batches: list[Batch], rounds: int, f
             copy = plain_copies(rates, batch, warm, folder)
             if folder is None:
                 staying.append(copy)
+            rates.time("check before a put", lambda batch=batch: [all_finite(x) for x in batch[2:]])
             rates.time("put", lambda layer=layer, batch=batch: store.put_layer(layer, *batch))
         if turn == 0:
             entries = sum(len(batch[1]) for batch in batches)

@@ -10,6 +10,7 @@ from sample_policies import Ends, Ragged, Scatter, SmallKeys
 from sparsekv.attention import prepare
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.tiered import TieredCache
+from sparsekv.cache.tiers import all_finite
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
@@ -308,6 +309,19 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match="static and quantized"):
         compress(model, ids, Ends(), 0.5, cache=object())
     assert isinstance(cache, SparseCache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 5, 3000])
+def test_one_number_that_is_none_is_found_anywhere(dtype, n):
+    entries = torch.randn(n, 64).to(dtype)
+    entries[0, 0], entries[-1, -1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert all_finite(entries)
+    for place in (1, n * 64 // 2, n * 64 - 2):
+        for number in (torch.nan, torch.inf, -torch.inf):
+            spoiled = entries.clone()
+            spoiled.view(-1)[place] = number
+            assert not all_finite(spoiled)
 
 
 def test_numbers_that_are_none_are_not_handed_over():
