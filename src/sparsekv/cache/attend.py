@@ -10,6 +10,15 @@ from torch import Tensor, nn
 
 from sparsekv.cache.layer import SparseLayer
 
+_PIECE = 1536
+"""Fewest entries of a piece: to put pieces together takes longer than to read the entries of shorter ones."""
+
+_MOST_QUERIES = 64
+"""More queries keep all cores busy by themselves."""
+
+_FLASH = (torch.float32, torch.bfloat16, torch.float16)
+"""What a CPU's fused kernel computes in."""
+
 
 def attend_stored(
     layer: SparseLayer, query: Tensor, attention_mask: Tensor | None, scaling: float | None
@@ -36,13 +45,53 @@ def attend_stored(
                 mask = mask.repeat_interleave(heads, dim=0)[group.start : group.stop]
             mask = nn.functional.pad(mask, (group.n_prefix, 0), value=True)
             mask = mask.repeat(1, n_heads // heads, 1)[None]
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(
-                queries, group.keys[None], group.values[None], mask, scale=scaling
-            )
-        )
+        outputs.append(_attend(queries, group.keys, group.values, mask, scaling))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention [1, g, Q, D] of queries [1, g, Q, D] over keys and values [g, n, D]."""
+    pieces = 1 if mask is not None else _pieces(queries, keys)
+    if pieces > 1:
+        return _in_pieces(queries, keys, values, pieces, scaling)
+    return nn.functional.scaled_dot_product_attention(queries, keys[None], values[None], mask, scale=scaling)
+
+
+def _pieces(queries: Tensor, keys: Tensor) -> int:
+    """In how many pieces entries are read. A CPU's attention kernel reads a segment on one core: the others take part
+    where segments are long and fewer than cores."""
+    if not queries.is_cpu or queries.dtype not in _FLASH or queries.shape[2] > _MOST_QUERIES:
+        return 1
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+        return 1  # what puts the pieces together has no gradient
+    return max(1, min(torch.get_num_threads() // keys.shape[0], keys.shape[1] // _PIECE))
+
+
+def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, pieces: int, scaling: float | None) -> Tensor:
+    """`_attend`, each piece of the entries by itself, put together by their softmax sums (Flash-Decoding).
+
+    Pieces are as long as the last, which takes the remainder: what two of them share, the first does not see.
+    """
+    n_segments, n, width = keys.shape
+    step = n // pieces
+    length = n - (pieces - 1) * step
+
+    def cut(x: Tensor) -> Tensor:
+        shape, strides = (pieces, n_segments, length, width), (step * x.stride(1), *x.stride())
+        return x.as_strided(shape, strides, x.storage_offset())
+
+    mask = None
+    if length > step:
+        mask = queries.new_zeros(pieces, 1, 1, length)
+        mask[:-1, :, :, step:] = -torch.inf
+    outputs, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries.expand(pieces, -1, -1, -1), cut(keys), cut(values), attn_mask=mask, scale=scaling
+    )
+    shares = log_sums.softmax(dim=0)[..., None]
+    return (outputs * shares).sum(dim=0, keepdim=True).to(queries.dtype)
 
 
 def tail_mask(
