@@ -39,14 +39,21 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("segments", "n", "pieces"), [(1, 2, 2), (1, 63, 4), (2, 64, 4), (3, 100, 3), (1, 999, 7)]
 )
+@pytest.mark.parametrize(("n_queries", "width"), [(6, 16), (1, 80), (3, 256)])
 def test_pieces_give_the_whole(
-    dtype: torch.dtype, scaling: float | None, segments: int, n: int, pieces: int
+    dtype: torch.dtype,
+    scaling: float | None,
+    segments: int,
+    n: int,
+    pieces: int,
+    n_queries: int,
+    width: int,
 ) -> None:
     torch.manual_seed(0)
-    buffer = torch.randn(2, segments, n + 9, 16).to(dtype)  # segments with room behind them, as in a cache
+    buffer = torch.randn(2, segments, n + 9, width).to(dtype)  # segments with room behind them, as in a cache
     keys, values = buffer[:, :, :n]
     keys[0, -1] *= 30  # one entry takes nearly all, far from the mean of the others
-    queries = torch.randn(1, segments, 6, 16).to(dtype)
+    queries = torch.randn(1, segments, n_queries, width).to(dtype)
     found = attend._in_pieces(queries, keys, values, pieces, scaling)
     exact = nn.functional.scaled_dot_product_attention(
         queries.double(), keys[None].double(), values[None].double(), scale=scaling
@@ -80,3 +87,44 @@ def test_what_is_read_as_a_whole(in_pieces: list[int]) -> None:
     even = compress(model, ids[:, :T], Ends(), 0.5)
     stepped_logits(model, even, ids, None, [1] * Q)
     assert not in_pieces, "two rows of two kv heads: four cores have a segment each"
+
+
+def test_autocast_reads_as_a_whole(in_pieces: list[int]) -> None:
+    """It casts what the stock attention is given, and keys and values differ in dtype by then."""
+    model = prepare(tiny_model("llama"))
+    ids = torch.randint(3, 250, (1, T + Q), generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = compress(model, ids[:, :T], Ragged(), 0.5)
+        stepped_logits(model, cache, ids, None, [1] * Q)
+    assert not in_pieces
+
+
+def test_what_the_kernel_does_not_take_is_left_to_the_stock_attention(in_pieces: list[int]) -> None:
+    def given(**changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plain = {
+            "queries": torch.randn(1, 1, 3, 8),
+            "keys": torch.randn(1, 64, 8),
+            "values": torch.randn(1, 64, 8),
+        }
+        return tuple((plain | changed).values())  # type: ignore[return-value]
+
+    assert attend._pieces(*given()) == 4
+    across = torch.randn(1, 8, 64).transpose(1, 2)
+    for changed in (
+        {"queries": torch.randn(1, 1, 0, 8)},
+        {"queries": torch.randn(1, 1, 33, 8)},
+        {"queries": torch.randn(1, 1, 8, 3).transpose(2, 3)},
+        {"keys": across},
+        {"values": across},
+        {"values": torch.randn(1, 64, 4)},
+        {"values": torch.randn(1, 64, 8, dtype=torch.bfloat16)},
+        {"values": torch.randn(1, 64, 8, requires_grad=True)},
+        {"queries": torch.randn(1, 0, 3, 8), "keys": torch.randn(0, 64, 8), "values": torch.randn(0, 64, 8)},
+    ):
+        inputs = given(**changed)
+        assert attend._pieces(*inputs) == 1
+        if inputs[1].dtype == inputs[2].dtype:
+            stock = nn.functional.scaled_dot_product_attention(inputs[0], inputs[1][None], inputs[2][None])
+            assert torch.equal(attend._attend(*inputs, None, None), stock)
+    assert attend._pieces(*(x.double() for x in given())) == 1
+    assert not in_pieces

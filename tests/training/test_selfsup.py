@@ -321,7 +321,7 @@ def test_what_is_no_detail_or_ambiguous_is_not_asked(text: str) -> None:
 
 def test_a_question_about_a_detail_gives_no_word_of_its_answer() -> None:
     text = (
-        "They sold the tall stone house, a tall garden, they sold one house; the keeper smiled at the keeper."
+        "They sold the tall stone house, a tall garden, they sold one house; the keeper smiled at the Keeper."
     )
     (found,) = [found for found in _spans(text)["phrase"] if found[1].text == "tall stone house"]
     called, span = found

@@ -13,8 +13,8 @@ from sparsekv.cache.layer import SparseLayer
 _PIECE = 1536
 """Fewest entries of a piece: to put pieces together takes longer than to read the entries of shorter ones."""
 
-_MOST_QUERIES = 64
-"""More queries keep all cores busy by themselves."""
+_MOST_QUERIES = 32
+"""The kernel takes blocks of so many queries: more of them keep further cores busy by themselves."""
 
 _FLASH = (torch.float32, torch.bfloat16, torch.float16)
 """What a CPU's fused kernel computes in."""
@@ -54,20 +54,29 @@ def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """Attention [1, g, Q, D] of queries [1, g, Q, D] over keys and values [g, n, D]."""
-    pieces = 1 if mask is not None else _pieces(queries, keys)
+    pieces = 1 if mask is not None else _pieces(queries, keys, values)
     if pieces > 1:
         return _in_pieces(queries, keys, values, pieces, scaling)
     return nn.functional.scaled_dot_product_attention(queries, keys[None], values[None], mask, scale=scaling)
 
 
-def _pieces(queries: Tensor, keys: Tensor) -> int:
-    """In how many pieces entries are read. A CPU's attention kernel reads a segment on one core: the others take part
-    where segments are long and fewer than cores."""
-    if not queries.is_cpu or queries.dtype not in _FLASH or queries.shape[2] > _MOST_QUERIES:
+def _pieces(queries: Tensor, keys: Tensor, values: Tensor) -> int:
+    """In how many pieces entries are read. A CPU's attention kernel reads a segment for few queries on one core: the
+    others take part where segments are long and fewer than cores."""
+    if torch.compiler.is_compiling() or keys.shape[1] < 2 * _PIECE or not keys.shape[0]:
         return 1
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
-        return 1  # what puts the pieces together has no gradient
-    return max(1, min(torch.get_num_threads() // keys.shape[0], keys.shape[1] // _PIECE))
+    every = (queries, keys, values)
+    fits = (
+        all(x.is_cpu and x.dtype == queries.dtype and x.stride(-1) == 1 for x in every)
+        and queries.dtype in _FLASH
+        and keys.shape == values.shape
+        and 0 < queries.shape[2] <= _MOST_QUERIES
+        and not torch.is_autocast_enabled("cpu")  # which casts for the stock function alone
+        and not (
+            torch.is_grad_enabled() and any(x.requires_grad for x in every)
+        )  # the merging has no gradient
+    )
+    return max(1, min(torch.get_num_threads() // keys.shape[0], keys.shape[1] // _PIECE)) if fits else 1
 
 
 def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, pieces: int, scaling: float | None) -> Tensor:

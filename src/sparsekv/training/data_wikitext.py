@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _SPACED = re.compile(r" @[-,.]@ | , | \. ?$|^ ?= .* = ?$", re.MULTILINE)
-"""What tells a text that is spaced so: one of these stands in nearly every line of it."""
+"""What tells a text that is spaced so: other text hardly ever has one of these."""
 
 _RULES = (
     (re.compile(r"^[ \t]*((?:= )+)(.+?)(?: =)+[ \t]*$", re.MULTILINE), r"\2"),
@@ -26,7 +26,7 @@ def wikitext_as_written(text: str) -> str:
     """A text without WikiText's spacing; one that is not spaced so stays as it is.
 
     Not every blank can be told: quotation marks are paired within a line, so an odd one (12 " wide) misleads them, and
-    an apostrophe is joined only to an s before it. `<unk>` stays.
+    an apostrophe is joined only to an s before it, which may be the opening of a quotation. `<unk>` stays.
     """
     if not _SPACED.search(text):
         return text

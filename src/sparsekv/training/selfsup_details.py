@@ -148,9 +148,12 @@ def _without(text: str, span: _Span) -> str:
 
 
 def _cues(text: str, span: _Span, called: str) -> list[str]:
-    """Words that the question may give: none of the answer, none that it gives already."""
+    """Words that the question may give: none of the answer, none that it gives already, each once."""
     told = _words(span.text) | _words(called) | _EMPTY
-    return [word for word in dict.fromkeys(_CUE.findall(_without(text, span))) if word.lower() not in told]
+    found: dict[str, str] = {}
+    for word in _CUE.findall(_without(text, span)):
+        found.setdefault(word.lower(), word)
+    return [word for lower, word in found.items() if lower not in told]
 
 
 def _turn(draw: Draw, text: str) -> Turn | None:
