@@ -276,25 +276,32 @@ def test_a_detail_among_others_is_called_by_the_words_before_it() -> None:
         ('name after "army met"', "Grant"),
         ('name after "his friend"', "Sherman"),
     ]
-    for other in (
-        "three ships",
-        "the 19th corps",
-        "ship A7",
-        "thirteen ships",
-        "the F-5",
-    ):  # numbers, if no answers
-        asked = _asked_for(f"The fleet of {other} sailed in 1863 again.")["number"]
-        assert asked == [('number after "sailed in"', "1863")]
-    for other in (
-        "Alice",
-        "María",
-        "<unk>",
-        "O'Brien",
-        "Tropical storm Émile",
-        "July",
-    ):  # names, if no answers
-        asked = _asked_for(f"{other} gave the book to young Robert there.")["name"]
-        assert asked == [('name after "to young"', "Robert")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "answer", "sentence", "others"),
+    [
+        (
+            "number",
+            "sailed in",
+            "1863",
+            "The fleet of {} sailed in 1863 again.",
+            ["three ships", "the 19th corps", "ship A7", "thirteen ships", "the F-5"],
+        ),
+        (
+            "name",
+            "to young",
+            "Robert",
+            "{} gave the book to young Robert there.",
+            ["Alice", "María", "<unk>", "O'Brien", "Tropical storm Émile", "July"],
+        ),
+    ],
+)
+def test_what_could_be_called_so_counts_though_it_is_no_answer(
+    kind: str, before: str, answer: str, sentence: str, others: list[str]
+) -> None:
+    for other in others:
+        assert _asked_for(sentence.format(other))[kind] == [(f'{kind} after "{before}"', answer)]
 
 
 @pytest.mark.parametrize(

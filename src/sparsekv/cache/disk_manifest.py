@@ -163,11 +163,8 @@ def read_index(folder: Path, manifest: Manifest, page_size: int, log: DiskLog) -
             layer = int(name.split(".")[1])
             columns, slots = (arrays[f"layers.{layer}.{kind}"] for kind in ("columns", "slots"))
             request = Request(counts, columns, int(columns.max(initial=-1)))
-            places = Places(page_size)
-            places.fit(*request.shape)
-            places.make_room(request.counts)
-            places.insert(request, slots)
-            layers[layer] = LayerIndex(places)
+            layers[layer] = LayerIndex(Places(page_size))
+            layers[layer].append(request, slots)
     return layers
 
 

@@ -14,7 +14,7 @@ from sparsekv.training.selfsup_text import Passage
 
 _WORD = re.compile(r"\S+")
 _PLAIN = re.compile(r"\b[a-z]{5,}\b")
-NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
+_NAME = re.compile(r"(?<=[a-z,] )(?!(?:Mr|Mrs|Ms|Dr|St)\b)[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}\b")
 _LEAST_WORDS, _MOST_WORDS = 8, 40
 """Words of a sentence that something is asked about."""
 ANSWER_TOKENS = (20, 60)
@@ -151,4 +151,4 @@ def cloze(draw: Draw) -> Made | None:
 
 def name(draw: Draw) -> Made | None:
     """A sentence with a name taken out: whose is it?"""
-    return of_sentences(draw, lambda text: _gap_turn(draw, text, NAME, wording.NAME))
+    return of_sentences(draw, lambda text: _gap_turn(draw, text, _NAME, wording.NAME))
