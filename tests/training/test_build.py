@@ -16,6 +16,7 @@ from sparsekv.relevance import attach_relevance
 from sparsekv.relevance.files import save_relevance
 from sparsekv.training.build import build_trainer, run_training
 from sparsekv.training.config import TrainConfig
+from sparsekv.training.output import read_training_config
 from toy import save_toy_model, tiny_model
 
 
@@ -111,3 +112,23 @@ def test_a_finished_run_is_averaged_with_what_it_started_from(model: Path, tmp_p
     assert "0.25 of the start's, 0.75 of the trained ones" in (
         tmp_path / "run" / "final" / "README.md"
     ).read_text(encoding="utf-8")
+
+
+def test_a_run_records_its_dtype_and_does_not_go_on_in_another(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "auto" means another dtype on another machine: the steps would not be those of the run that was cut off."""
+    run = config(model, tmp_path / "run", dtype="auto", save_every=1)
+    on_machine(monkeypatch, bf16=False)
+    final = run_training(run)
+    assert read_training_config(final).dtype == "float32"
+    run_training(run)  # the same machine goes on
+    on_machine(monkeypatch, bf16=True)
+    with pytest.raises(ConfigError, match="is of another config: dtype was 'float32', now 'bfloat16'"):
+        run_training(run)
+    run_training(config(model, tmp_path / "run", dtype="float32", save_every=1))
+
+
+def on_machine(monkeypatch: pytest.MonkeyPatch, *, bf16: bool) -> None:
+    """A machine that computes in bf16, or does not."""
+    monkeypatch.setattr("sparsekv.models.placement.computes_bf16", lambda device: bf16)

@@ -14,6 +14,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.training import fit_regression
 from sparsekv.training.fit import run_fit
 from sparsekv.training.fit_config import FitConfig
+from sparsekv.training.fit_output import read_fit_config
 from sparsekv.training.fit_regression import batches
 from training.fit_runs import rows_of
 
@@ -68,6 +69,17 @@ def test_another_config_does_not_go_on_from_these_checkpoints(fit_run: Make) -> 
     with pytest.raises(ConfigError, match="resume is false"):
         run_fit(fit_run(steps=8, resume=False))
     run_fit(fit_run(steps=8, save_every=4))  # what changes no weight may differ
+
+
+def test_a_fit_records_its_dtype_and_does_not_go_on_in_another(
+    fit_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsekv.models.placement.computes_bf16", lambda device: False)
+    folder = run_fit(fit_run(steps=8, dtype="auto")).folder
+    assert read_fit_config(folder).dtype == "float32"
+    monkeypatch.setattr("sparsekv.models.placement.computes_bf16", lambda device: True)
+    with pytest.raises(ConfigError, match="is of another config: dtype was 'float32', now 'bfloat16'"):
+        run_fit(fit_run(steps=8, dtype="auto"))
 
 
 def test_batches_depend_on_the_seed_alone_and_can_start_anywhere() -> None:

@@ -29,7 +29,7 @@ from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
-from sparsekv.training.setup import policy_of, with_predictors
+from sparsekv.training.setup import policy_of, with_dtype, with_predictors
 from sparsekv.training.trainer import SparseKVTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     ConfigError
         For an unknown press, method or objective, LoRA targets that match nothing, or data without a usable row.
     """
+    config = with_dtype(config)
     objective = make_objective(config.objective.name, **config.objective.arguments())
     press = press_of(config)
     if press is not None:
@@ -51,7 +52,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
     model, tokenizer = load_model(
         config.model,
-        dtype=config.weights_dtype,
+        dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
@@ -116,6 +117,7 @@ def run_training(
     ConfigError
         Also if output_dir holds a run that may not be resumed, or checkpoints of another config.
     """
+    config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
     latest = latest_whole(output)
     if not config.resume and list_checkpoints(output):

@@ -19,7 +19,7 @@ from sparsekv.training.fit_output import save_fitted
 from sparsekv.training.fit_regression import Progress, SampleReader, fit_regression, latest_checkpoint
 from sparsekv.training.fit_report import center, judge
 from sparsekv.training.output import METRICS_FILE
-from sparsekv.training.setup import with_predictors
+from sparsekv.training.setup import with_dtype, with_predictors
 
 
 class Fitted(NamedTuple):
@@ -47,6 +47,7 @@ def run_fit(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("relevance fit runs in one process; start it without torchrun")
+    config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
     checkpoint = latest_checkpoint(config, say) if config.way == "regression" else None
     trained = run_training(config.train_config(), progress=say) if config.way == "end_to_end" else None

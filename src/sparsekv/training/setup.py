@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
+from sparsekv.models.placement import resolve_device, resolve_dtype
 from sparsekv.policies.base import Policy
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.soft_scores import SoftScores
@@ -25,8 +26,23 @@ from sparsekv.relevance.predictor import (
     config_of,
     detach_relevance,
 )
+from sparsekv.training.config import TrainConfig
 from sparsekv.training.config_parts import LoraOptions
+from sparsekv.training.fit_config import FitConfig
 from sparsekv.training.weights import has_adapter
+
+AnyConfig = TypeVar("AnyConfig", TrainConfig, FitConfig)
+
+
+def with_dtype(config: AnyConfig) -> AnyConfig:
+    """The config with the dtype that "auto" means on this machine.
+
+    So checkpoints and `final/` record what was computed in, and a run that would go on in another dtype, on another
+    machine, is refused: its steps would not be those of the run that was interrupted.
+    """
+    wanted = config.weights_dtype if isinstance(config, TrainConfig) else config.dtype
+    dtype = resolve_dtype(wanted, resolve_device(config.device))
+    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
 
 def policy_of(press: Any) -> Policy:
