@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekv.cache.sparse import SparseCache
+from sparsekv.cache.unfinished import Unfinished
 from sparsekv.selection import Selection
 
 
@@ -39,3 +43,11 @@ def stepped_logits(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, ste
         out.append(model(input_ids=ids[:, begin:end], past_key_values=cache, **padding).logits)
         begin = end
     return torch.cat(out, dim=1)
+
+
+@contextmanager
+def announced(cache: SparseCache) -> Iterator[None]:
+    """A forward of a prepared model, for tests that feed and read a cache's layers by hand."""
+    cache.unfinished = Unfinished.of(cache)
+    yield
+    cache.unfinished = None

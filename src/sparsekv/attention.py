@@ -155,17 +155,23 @@ def prepare(model: Any) -> Any:
     return model
 
 
-def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell a SparseCache what is coming: rows, padding, and the ids where a policy looks at the text."""
+def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tell a SparseCache what is coming: rows, padding, and the ids where a policy looks at the text.
+
+    Where rows are padded, positions that the caller did not give are added: a padded row's tokens stand where they
+    would alone. The model's own count columns, padding too, and would contradict those the context was read at.
+    """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, SparseCache):
-        return
+        return None
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
     new = ids if ids is not None else kwargs.get("inputs_embeds")
     if new is None:
-        return  # the model itself complains
+        return None  # the model itself complains
     check_finished(cache)
     cache.fit_rows(new.shape[0])
+    config: Any = module.config
+    cache.check_attention(config._attn_implementation)
     cache.follow_mask(kwargs.get("attention_mask"), new.shape[1])
     if cache.decode is not None and cache.ids is not None:
         if ids is None:
@@ -174,6 +180,10 @@ def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             )
         cache.ids = torch.cat([cache.ids, ids.to(cache.ids.device, cache.ids.dtype)], dim=1)
     cache.unfinished = Unfinished.of(cache)
+    if cache.real is None or kwargs.get("position_ids") is not None or len(args) > 2:
+        return None
+    positions = (cache.real.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    return args, kwargs | {"position_ids": positions.to(new.device)}
 
 
 def _announce_end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -154,7 +154,8 @@ def _columns_of_row(per_head: list[Tensor]) -> Tensor:
     if len({len(columns) for columns in per_head}) > 1:
         raise ConfigError(
             "this cache stores different numbers of entries per kv head, so its keys can't be scored again; "
-            "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions"
+            "use a token policy (sink_recent, uniform_middle, ladder, anchors) for later evictions. Where the heads "
+            "were equal before crop() took out tokens that not all of them still held: snapshot() and restore()"
         )
     return torch.stack(per_head)
 

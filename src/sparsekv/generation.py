@@ -184,6 +184,7 @@ def _cache_for(
         raise ConfigError(
             f"the cache has seen {cache.seen} tokens, but the sequence given has {input_ids.shape[1]}"
         )
+    cache.fit_rows(input_ids.shape[0])  # before it is told of these rows' text and seeds
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ConfigError(

@@ -55,13 +55,21 @@ def after_each_layer(model: Any, callback: AfterLayer) -> Iterator[None]:
 def run_decoder(
     model: Any, input_ids: Tensor, cache: SparseCache, attention_mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """Run the decoder stack (no vocabulary head) on new tokens [B, Q]; `attention_mask` covers [B, seen + Q]."""
+    """Run the decoder stack (no vocabulary head) on new tokens [B, Q]; `attention_mask` covers [B, seen + Q].
+
+    Raises ConfigError for a model that would leave out the cache.
+    """
+    decoder = architecture.text_model(model)
+    if decoder.training and decoder.is_gradient_checkpointing:
+        raise ConfigError(
+            "the model is in training mode with gradient checkpointing, in which transformers fills no cache; call "
+            "model.eval() first, and model.train() after"
+        )
     arguments = dict(kwargs)
     if attention_mask is not None and not bool(attention_mask.all()):
         mask = attention_mask.long()
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         arguments |= {"attention_mask": mask, "position_ids": positions[:, -input_ids.shape[1] :]}
-    decoder = architecture.text_model(model)
     return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments).last_hidden_state
 
 

@@ -218,3 +218,26 @@ def test_rows_with_active_sizes_of_their_own_are_not_compressed_again():
         compress(model, longer, make_policy("sink_recent"), 20, cache=uneven)
     compress(model, longer, make_policy("sink_recent"), 20, cache=alike)
     assert alike.seen == 64
+
+
+def test_rows_of_joined_tiers_go_on_for_long_as_each_would_alone():
+    """Pages that lost entries are packed anew row by row: when another row's are is no business of this one."""
+    model = tiny_model("llama")
+    shapes = [(200, 1, 60), (90, 2, 45), (150, 3, 75), (60, 4, 30)]
+    questions = [ids(3, 20 + seed) for _, seed, _ in shapes]
+
+    def after_a_question(place: int) -> TieredCache:
+        n, seed, active = shapes[place]
+        cache = compress(model, ids(n, seed), make_policy("knorm"), active, cache=TieredCache(model, active))
+        model(input_ids=questions[place], past_key_values=cache)
+        return cache
+
+    with torch.no_grad():
+        parts = [after_a_question(place) for place in range(4)]
+        joined = join([after_a_question(place) for place in range(4)])
+        for step in range(25):
+            new = ids(4, 100 + step).T
+            mask = torch.nn.functional.pad(joined.real_columns(), (0, 1), value=True)
+            together = model(input_ids=new, past_key_values=joined, attention_mask=mask.long()).logits
+            alone = [model(input_ids=new[i : i + 1], past_key_values=parts[i]).logits for i in range(4)]
+            torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oracle import announced
 from sparsekv.cache.sparse import ATTENTION
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
@@ -26,7 +27,8 @@ def planted_cache(active: int = 16, **options) -> tuple[TieredCache, torch.Tenso
     keys[:, :, PLANTED] = needle
     values[:, :, PLANTED] = torch.arange(float(D))
     cache.tiers.held = True
-    cache.update(keys, values, 0)
+    with announced(cache):
+        cache.update(keys, values, 0)
     column = torch.arange(T)
     cache.keep_in_layer(0, ((column < 4) | (column >= T - 12))[None, None])
     cache.tiers.held = False
@@ -35,7 +37,8 @@ def planted_cache(active: int = 16, **options) -> tuple[TieredCache, torch.Tenso
 
 def step(cache: TieredCache, query: torch.Tensor) -> torch.Tensor:
     """The attention [H * G, D] of one new token whose queries are all `query`, and whose key and value are zero."""
-    cache.update(torch.zeros(1, H, 1, D), torch.zeros(1, H, 1, D), 0)
+    with announced(cache):
+        cache.update(torch.zeros(1, H, 1, D), torch.zeros(1, H, 1, D), 0)
     layer = cache.layers[0]
     return layer.reader.attend(layer, query.expand(1, H * G, 1, D), None, None)[0, 0]
 

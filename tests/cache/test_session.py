@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from oracle import masked_logits, stepped_logits
-from sample_policies import Ends, Ragged
+from sample_policies import Ends, Ragged, SmallKeys
 from sparsekv.attention import prepare
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
@@ -61,6 +61,23 @@ def test_a_session_goes_on_in_another_process_as_in_this_one(tmp_path):
     arguments = [TESTS, tmp_path / "session", tmp_path / "ids.pt", tmp_path / "logits.pt"]
     subprocess.run([sys.executable, "-c", OTHER_PROCESS, *map(str, arguments)], check=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), go_on(model, cache, ids))
+
+
+@pytest.mark.parametrize("passive", ["cpu", "disk"])
+def test_a_session_that_was_decoded_from_for_long_goes_on_as_the_cache_itself(tmp_path, passive):
+    """Its pages have holes by then, and which entries share a page decides what is recalled."""
+    model, ids = prepare(tiny_model("llama")), torch.randint(3, 250, (2, 170))
+    store = "cpu" if passive == "cpu" else f"disk:{tmp_path / 'tier'}"
+    cache = compress(model, ids[:, :100], SmallKeys(), 0.7, cache=TieredCache(model, 30, passive=store))
+    with torch.no_grad():
+        for at in range(100, 120):
+            model(ids[:, at : at + 1], past_key_values=cache)
+        cache.save(tmp_path / "session")
+        opened = TieredCache.load(tmp_path / "session", model)
+        for at in range(120, 170):
+            logits = [model(ids[:, at : at + 1], past_key_values=one).logits for one in (cache, opened)]
+            assert torch.equal(*logits), f"token {at}"
+    cache.close()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oracle import announced
 from sparsekv.cache.sparse import ATTENTION
 from sparsekv.cache.tiered import TieredCache
 from toy import tiny_config
@@ -42,7 +43,8 @@ class Mirror:
         )
         before = self.cache.passive_counts() if self.cache.batch else None
         for index in range(LAYERS):
-            self.cache.update(new[0][:, index], new[1][:, index], index)
+            with announced(self.cache):
+                self.cache.update(new[0][:, index], new[1][:, index], index)
             query = 3 * torch.randn(self.rows, H * G, n, D, generator=draw)
             layer = self.cache.layers[index]
             if layer.reader is None:

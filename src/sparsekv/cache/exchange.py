@@ -16,10 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsekv.cache.places import NONE, Ints
+from sparsekv.cache.places import NONE, Bools, Ints
 from sparsekv.cache.segments import Segments
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,12 @@ class Holdings(ABC):
         rows = max((entry.places.shape[0] for entry in self._layers.values()), default=0)
         self.reorder(torch.arange(rows).repeat_interleave(n))
 
+    def pack(self) -> None:
+        """Divide entries into pages as a store would into which they were put now, layer by layer, in their order."""
+        self._check_open()
+        for entry in self._layers.values():
+            entry.pack()
+
     def snapshot(self) -> Snapshot:
         """The present state, to `restore` any number of times: lists of entries, no keys. Room of entries that only a
         snapshot holds is given back when the snapshot is no longer referred to."""

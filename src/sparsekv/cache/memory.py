@@ -37,7 +37,8 @@ class MemoryLog(EntryLog):
         return Chunk(self._empty(rows, like), self._empty(rows, like))
 
     def _empty(self, n: int, like: Tensor) -> Tensor:
-        return torch.empty(n, like.shape[-1], dtype=like.dtype, pin_memory=self._pinned)
+        with torch.inference_mode(False):  # a chunk may be written to later, outside of that mode
+            return torch.empty(n, like.shape[-1], dtype=like.dtype, pin_memory=self._pinned)
 
     def _write(self, chunk: Chunk, keys: Tensor, values: Tensor) -> None:
         rows = slice(chunk.used, chunk.used + len(keys))

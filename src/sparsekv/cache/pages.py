@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekv.cache.frozen import is_frozen
 from sparsekv.cache.places import NONE, Ints, Places, Request, padded, remap
 from sparsekv.errors import ConfigError
 from sparsekv.policies.step_rules import box_bounds
@@ -89,6 +90,8 @@ class PageSummaries:
         if self.sizes is not None and np.array_equal(self.of, places.slot):
             return self.sizes
         self.sizes = None
+        if is_frozen(self.extremes):
+            self.extremes = self.extremes.clone()
         rows, heads, pages = places.shape
         now = places.slot.reshape(-1, self.page_size)
         before = self.of.reshape(-1, self.page_size)
@@ -207,11 +210,17 @@ class LayerIndex:
     def append(self, request: Request, slots: Ints) -> None:
         """Put the entries of a request, which may be put (`Places.check_new`) and lie in `slots`."""
         places = self.places
-        if places.has_holes:
-            self.pages.reorder(places.squeeze())
         places.fit(*request.shape)
+        holes = places.holes(request.counts)
+        if holes.any():
+            self.pages.reorder(places.squeeze(holes))
         places.make_room(request.counts)
         self._waiting = request.copy(), slots
+
+    def pack(self) -> None:
+        """Number the pages as if the entries had all been put now, at once."""
+        self.places.pack()
+        self.pages.reorder(None)
 
     def copy(self) -> LayerIndex:
         """An independent copy."""

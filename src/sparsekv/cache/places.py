@@ -22,6 +22,7 @@ from torch import Tensor
 from sparsekv.errors import ConfigError
 
 Ints: TypeAlias = npt.NDArray[np.integer]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 Array = TypeVar("Array", bound=npt.NDArray[Any])
 
 NONE = -1
@@ -339,30 +340,56 @@ class Places:
             shape = (*self.fill.shape, places)
             self.slot, self.column = padded(self.slot, shape, NONE), padded(self.column, shape, NONE)
 
-    @property
-    def has_holes(self) -> bool:
-        """More than half of the places given hold nothing."""
-        return int(self.fill.sum()) > 2 * self.n_entries + self.page_size * self.fill.size
+    def holes(self, counts: Ints) -> Bools:
+        """[B]: rows that put entries now (counts [b, h]), and of whose given places more than half hold nothing.
 
-    def squeeze(self) -> Ints | None:
-        """Drop empty pages: old page numbers [B, H, new pages]; None if whole pages would not do and all changed."""
+        Row by row, and only where one puts, so that a row's pages are the same whatever other rows do beside it.
+        """
+        puts = padded(counts, self.fill.shape, 0).any(axis=1)
+        return puts & self._is_sparse()
+
+    def _is_sparse(self) -> Bools:
+        given = self.fill.sum(axis=1)
+        held = np.full(1, self.n_entries) if len(given) == 1 else (self.slot != NONE).sum(axis=(1, 2))
+        return np.asarray(given > 2 * held + self.page_size * self.fill.shape[1])
+
+    def squeeze(self, chosen: Bools) -> Ints | None:
+        """Drop empty pages of the chosen rows [B], and where that would not do, holes in pages. Other rows stay.
+
+        Returns old page numbers [B, H, new pages]; None if pages are not what they were.
+        """
         rows, heads, pages = self.shape
         if not self.n_entries:
-            self.place[:], self.fill[:] = NONE, 0
+            self.place[chosen], self.fill[chosen] = NONE, 0
             return None
-        full = (self.slot.reshape(rows, heads, pages, -1) != NONE).any(axis=3)
-        order = np.argsort(~full, axis=2, kind="stable")
-        kept = int(full.sum(axis=2).max(initial=0))
-        order = order[:, :, :kept]
-        self._reorder_places(order, self.page_size)
-        self._number()
-        if not self.has_holes:
+        wanted = (self.slot.reshape(rows, heads, pages, -1) != NONE).any(axis=3)
+        used = np.arange(pages) < -(-self.fill // self.page_size)[..., None]
+        order = self._kept_first(np.where(chosen[:, None, None], wanted, used))
+        self._move(order, self.page_size, chosen)
+        chosen = chosen & self._is_sparse()
+        if not chosen.any():
             return order
-        alone = np.argsort(self.slot == NONE, axis=2, kind="stable")
-        most = int((self.slot != NONE).sum(axis=2).max(initial=0))
-        self._reorder_places(alone[:, :, : -(-most // self.page_size) * self.page_size], 1)
-        self._number()
+        used = np.arange(self.slot.shape[2]) < self.fill[..., None]
+        alone = self._kept_first(np.where(chosen[:, None, None], self.slot != NONE, used), self.page_size)
+        self._move(alone, 1, chosen)
         return None
+
+    def pack(self) -> None:
+        """Leave no hole: all entries move to consecutive places, in their order."""
+        self._move(self._kept_first(self.slot != NONE, self.page_size), 1, np.ones(len(self.fill), bool))
+
+    @staticmethod
+    def _kept_first(kept: Bools, multiple: int = 1) -> Ints:
+        """Numbers [B, H, n] of what is kept [B, H, N], in order; n, a multiple, is enough for the fullest head."""
+        most = int(kept.sum(axis=2).max(initial=0))
+        return np.argsort(~kept, axis=2, kind="stable")[:, :, : -(-most // multiple) * multiple]
+
+    def _move(self, order: Ints, size: int, chosen: Bools) -> None:
+        """`_reorder_places`, places and fills set anew; rows that are not chosen go on filling where they ended."""
+        fill = self.fill.copy()
+        self._reorder_places(order, size)
+        self._number()
+        self.fill[~chosen] = fill[~chosen]
 
     def _reorder_places(self, order: Ints, size: int) -> None:
         """New run i of `size` places is old run order[b, h, i]."""

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsekv.cache.frozen import is_frozen
 from sparsekv.cache.rope import Rotation
 from sparsekv.errors import ConfigError
 
@@ -138,12 +139,18 @@ class Segments:
 
     # ---- growing ------------------------------------------------------------------------------------------------
 
+    def can_append(self, n_new: int) -> bool:
+        """Whether so many tokens can be written into this buffer: there is room, no snapshot needs what lies there,
+        and it may be written to.
+        """
+        return self.guard.tail <= self.tail and self.tail + n_new <= self.room and not is_frozen(self.keys)
+
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Write [B, H, Q, D] behind every segment's tail."""
         n_new = key_states.shape[2]
         if key_states.shape[0] != self.batch:
             raise ConfigError(f"the cache holds {self.batch} rows, the model was given {key_states.shape[0]}")
-        if self.tail + n_new > self.room or self.tail < self.guard.tail:
+        if not self.can_append(n_new):
             spare = n_new if n_new > 1 else _GROWTH
             self._relayout(room=self.tail + spare)
         new_keys, new_values = key_states.flatten(0, 1), value_states.flatten(0, 1)

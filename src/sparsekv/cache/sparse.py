@@ -32,6 +32,9 @@ from sparsekv.selection import Selection, stack
 ATTENTION = "sparsekv"
 """Name of the registered attention function (see `sparsekv.attention.prepare`)."""
 
+STOCK = "stock"
+"""The attention of a model that was not prepared, whichever it is. Only a prepared model announces its forwards."""
+
 
 class SparseCache(Cache):
     """KV cache with tokens seen != slots stored, per layer, row and kv head.
@@ -170,7 +173,11 @@ class SparseCache(Cache):
         self.check_attention()
 
     def keep_in_layer(self, index: int, kept: Tensor, layer: CacheLayerMixin | None = None) -> None:
-        """Compact one layer to the columns `kept` [B, H or 1, T seen]."""
+        """Compact one layer to the columns `kept` [B, H or 1, T seen], and to real tokens: what is compacted is always
+        seen, and no mask could hide padding among it.
+        """
+        if self.real is not None:
+            kept = kept & self.real_columns().to(kept.device)[:, None]
         require_sparse(layer or self.layers[index]).keep(kept, self.rotation())
 
     def fork(self, selections: Sequence[Selection]) -> SparseCache:
@@ -186,9 +193,11 @@ class SparseCache(Cache):
         twin.real = None if self.real is None else self.real.expand(rows, -1)
         twin.ids = None if self.ids is None else self.ids.expand(rows, -1)
         joint = self._fitting(stack(list(selections)))
+        real = self.real_columns()[:, None]  # as in `keep_in_layer`
         for index, layer in enumerate(self.layers):
             if isinstance(layer, SparseLayer):
-                twin.layers[index] = layer.fork(joint.layer(index) > self.seen, self.rotation())
+                kept = joint.layer(index) > self.seen
+                twin.layers[index] = layer.fork(kept & real.to(kept.device), self.rotation())
             elif isinstance(layer, WindowLayer):
                 twin.layers[index] = layer.fork(rows)
         twin.check_attention()
@@ -216,18 +225,19 @@ class SparseCache(Cache):
             return torch.arange(self.seen)[None]
         return self.real_columns().long().cumsum(dim=1) - 1
 
-    def check_attention(self) -> None:
-        """Raise a ConfigError if what is stored can't be read by the model's present attention."""
-        if self.config._attn_implementation == ATTENTION:
+    def check_attention(self, attention: str | None = None) -> None:
+        """Raise a ConfigError if what is stored can't be read by an attention (default: the config's present one)."""
+        attention = self.config._attn_implementation if attention is None else attention
+        if attention == ATTENTION:
             return
         if self.decode is not None:
             raise ConfigError(
-                f"this cache evicts while decoding, which attention {self.config._attn_implementation!r} does not do; "
+                f"this cache evicts while decoding, which attention {attention!r} does not do; "
                 "call sparsekv.prepare(model) first"
             )
         if any(layer.reader is not None for _, layer in self.sparse_layers()):
             raise ConfigError(
-                f"attention {self.config._attn_implementation!r} would read all that this cache stores, not what its "
+                f"attention {attention!r} would read all that this cache stores, not what its "
                 "method chooses at every step; call sparsekv.prepare(model) first"
             )
         if self.intact:
@@ -236,7 +246,7 @@ class SparseCache(Cache):
         if self.real is not None or int(counts.min()) != int(counts.max()):
             raise ConfigError(
                 "this cache stores different numbers of entries per row, layer or kv head, which attention "
-                f"{self.config._attn_implementation!r} can't read; call sparsekv.prepare(model) first"
+                f"{attention!r} can't read; call sparsekv.prepare(model) first"
             )
 
     def update(
@@ -252,10 +262,9 @@ class SparseCache(Cache):
         multiple of the rows comes, the cache repeats its own in the same order.
         """
         self.fit_rows(key_states.shape[0])
-        if layer_idx == 0:
-            self.check_attention()
-            if self.unfinished is None:  # else the model announced the forward, and it was checked then
-                check_finished(self)
+        if layer_idx == 0 and self.unfinished is None:  # not announced: this model was not prepared
+            self.check_attention(STOCK)
+            check_finished(self)
         return super().update(key_states, value_states, layer_idx, cache_kwargs)
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
@@ -347,7 +356,7 @@ class SparseCache(Cache):
                 "assisted decoding (assistant_model, prompt_lookup_num_tokens) does not work with SparseCache: "
                 "rejected tokens may have evicted entries; generate without it"
             )
-        length = self.seen + max_length if max_length < 0 else max_length
+        length = max(0, self.seen + max_length) if max_length < 0 else max_length
         if not can_crop(self, length):
             return
         super().crop(length)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekv.cache.attend import attend_stored, tail_mask
+from sparsekv.cache.frozen import is_frozen
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.segments import Segments
 from sparsekv.cache.sparse import SparseCache
@@ -69,7 +71,7 @@ class PageBounds:
 
     def _room(self, keys: Tensor, n_pages: int) -> tuple[Tensor, Tensor]:
         lowest, highest = self.lowest, self.highest
-        if lowest is None or highest is None or lowest.shape[1] < n_pages:
+        if lowest is None or highest is None or lowest.shape[1] < n_pages or is_frozen(lowest):
             blank = keys.new_empty(keys.shape[0], n_pages + _SPARE_PAGES, keys.shape[2])
             grown = blank, blank.clone()
             if lowest is not None and highest is not None:
@@ -155,6 +157,10 @@ class StepReader:
     def fresh(self) -> StepReader:
         """A reader by the same rule that has read nothing yet."""
         return StepReader(self.rule)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: bounds are made again, and a weak reference can't travel."""
+        return self.fresh().__dict__ | {"_last": self._last, "_shape": self._shape}
 
     # ---- what the last step read -----------------------------------------------------------------------------------
 

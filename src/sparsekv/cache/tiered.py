@@ -267,20 +267,14 @@ class TieredCache(SparseCache):
             layer.share = share.flatten()
             layer.cut(self.tiers.n_sink)
 
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        cache_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values [B, H, Q, D] to a layer."""
-        if self.config._attn_implementation != ATTENTION:
+    def check_attention(self, attention: str | None = None) -> None:
+        """Raise a ConfigError for any attention but ours: no other knows of the passive tier."""
+        attention = self.config._attn_implementation if attention is None else attention
+        if attention != ATTENTION:
             raise ConfigError(
-                f"a TieredCache can't be read by attention {self.config._attn_implementation!r}, which knows of no "
+                f"a TieredCache can't be read by attention {attention!r}, which knows of no "
                 "second tier; call sparsekv.prepare(model) first"
             )
-        return super().update(key_states, value_states, layer_idx, cache_kwargs)
 
     # ---- rows and time ------------------------------------------------------------------------------------------
 
@@ -341,8 +335,9 @@ class TieredCache(SparseCache):
             If the cache is empty or does not know its model, or the folder can't be written or holds other files.
         """
         save_session(self, folder)
+        self.tiers.store.pack()  # go on as the opened session will
         for _, layer in self.tiered_layers():
-            layer.asked_at = 0  # go on as the opened session will
+            layer.asked_at = 0
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, *, passive: str = "cpu") -> TieredCache:

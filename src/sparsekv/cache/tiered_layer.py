@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.cache.exchange import Bools, Residents, with_room
+from sparsekv.cache.exchange import Residents, with_room
 from sparsekv.cache.layer import Reader, SparseLayer
-from sparsekv.cache.places import Ints
+from sparsekv.cache.places import Bools, Ints
 from sparsekv.cache.rope import Rotation
 from sparsekv.cache.segments import Segments
 from sparsekv.cache.tiers import LENT, Tiers
@@ -100,7 +100,7 @@ class TieredLayer(SparseLayer):
         self.attended_passive = None
         if n_new > 1:
             self.asked_at = self.get_seq_length() + n_new
-        if store is not None and (store.tail + n_new > store.room or store.tail < store.guard.tail):
+        if store is not None and not store.can_append(n_new):
             used = [count + store.tail + n_new for count in store.counts]
             self._store = with_room(store, store.tail + n_new + self.spare_room(used))
         return super().update(key_states, value_states, cache_kwargs)

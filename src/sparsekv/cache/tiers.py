@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
-from sparsekv.cache.exchange import Bools, Entries
+from sparsekv.cache.exchange import Entries
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
-from sparsekv.cache.places import Ints, padded
+from sparsekv.cache.places import Bools, Ints, padded
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerPolicy
 
