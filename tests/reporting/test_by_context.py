@@ -247,6 +247,16 @@ def test_more_curves_than_colours_still_look_different(monkeypatch: pytest.Monke
     assert len(looks) == n
 
 
+def test_labels_are_drawn_as_they_are(legend_texts: list[tuple[str, bool]]) -> None:
+    rows = some_rows()
+    names = {"snapkv": "a $x_{$", "full": "$x^2$", "atskv": "_hidden"}
+    found = by_context(rows, {r["cell_id"]: names[r["method"]] for r in rows if r["passive"] is None})
+    assert found is not None
+    assert list(context_figures(found, "t $y_{$")) == FIGURES
+    assert {text for text, _ in legend_texts} >= {"a $x_{$", "$x^2$", " _hidden"}
+    assert not any(mathematics for _, mathematics in legend_texts)
+
+
 def test_the_page_shows_the_sweep_first() -> None:
     written: dict[str, Any] = {}
     names = write_report(some_rows(), RUN, written.__setitem__)

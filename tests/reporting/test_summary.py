@@ -226,6 +226,26 @@ def test_many_methods_make_the_picture_taller() -> None:
     assert png_size(many)[1] > png_size(few)[1]
 
 
+def test_labels_are_drawn_as_they_are(legend_texts: list[tuple[str, bool]]) -> None:
+    """A "$" is no mathematics, be it valid or not, and a leading "_" does not hide a line."""
+    names = ["a $x_{$", "$x^2$", "_hidden", "5 $"]
+    rows = [row(f"m{i}", 0.5, "vt", 9.0 - i) for i in range(len(names))]
+    data = scores_png(rows, "t $y_{$", {r["cell_id"]: name for r, name in zip(rows, names, strict=True)})
+    assert data is not None
+    assert legend_texts == [("a $x_{$", False), ("$x^2$", False), (" _hidden", False), ("5 $", False)]
+
+
+def test_a_picture_that_fails_leaves_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> bytes:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("sparsekv.reporting.report.scores_png", fail)
+    written: dict[str, Any] = {}
+    with pytest.raises(RuntimeError, match="no picture"):
+        write_report(ROWS, RUN, written.__setitem__)
+    assert list(written) == ["results.md"] and to_markdown(summarize(ROWS)) in written["results.md"]
+
+
 def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:
     written: dict[str, Any] = {}
     names = write_report([row("full", 0.0, "vt", 1.0)], RUN, written.__setitem__)

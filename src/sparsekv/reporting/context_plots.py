@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsekv.reporting.by_context import ByContext, Curve, Point
-from sparsekv.reporting.plots import MARKERS
+from sparsekv.reporting.plots import MARKERS, legend_label, verbatim
 from sparsekv.reporting.tables import MEGABYTE
 
 UNCOMPRESSED_COLOUR = "#000000"
@@ -68,6 +68,7 @@ def context_figures(found: ByContext, title: str) -> dict[str, tuple[str, bytes]
     return made
 
 
+@verbatim()
 def _figure(found: ByContext, title: str, values: Sequence[tuple[str, Value]], by_tier: bool) -> bytes:
     """One panel per value, side by side, and one legend beside them."""
     import matplotlib
@@ -81,10 +82,10 @@ def _figure(found: ByContext, title: str, values: Sequence[tuple[str, Value]], b
     for axes, (label, value) in zip(panels[0], values, strict=True):
         for index, curve in enumerate(found.curves):
             look = _look(index, curve, n_lines)
-            _draw(axes, curve, value, **look, label=curve.name)
+            _draw(axes, curve, value, **look, label=legend_label(curve.name))
             if by_tier and any(point.passive_bytes for point in curve.points.values()):
                 whole = look | {"linestyle": ":", "linewidth": NARROWEST}
-                _draw(axes, curve, _both_tiers, **whole, label=f"{curve.name}, both tiers")
+                _draw(axes, curve, _both_tiers, **whole, label=legend_label(f"{curve.name}, both tiers"))
         _dress(axes, found.sizes, label)
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9.5)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")

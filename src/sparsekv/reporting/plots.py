@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from sparsekv.evaluation.records import ResultRow
 from sparsekv.reporting.summary import Line, summarize
 
 MARKERS = "osD^vP*Xph<>8d"
+# Tick labels are set as mathematics by some users' settings, and would then show its source.
+VERBATIM = {"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}
 
 
+@contextmanager
+def verbatim() -> Iterator[None]:
+    """Texts of figures are drawn as they are: labels and models are the user's, and a "$" in them is no mathematics.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(VERBATIM):
+        yield
+
+
+def legend_label(name: str) -> str:
+    """A line's label that shows `name`: matplotlib leaves labels that start with "_" out of legends."""
+    return f" {name}" if name.startswith("_") else name
+
+
+@verbatim()
 def scores_png(
     rows: Sequence[ResultRow], title: str, labels: Mapping[str, str] | None = None
 ) -> bytes | None:
@@ -57,7 +81,7 @@ def scores_png(
             color=palette[index % len(palette)],
             markersize=7,
             linewidth=1.6,
-            label=method,
+            label=legend_label(method),
         )
     n_tasks = len(summary.percentages)
     axes.set_xlabel("achieved compression (fraction of KV entries removed)")

@@ -21,11 +21,13 @@ Write = Callable[[str, "str | bytes"], None]
 def write_report(rows: Sequence[ResultRow], run: Mapping[str, Any], write: Write) -> list[str]:
     """Write the page and the pictures with `write(name, content)`; returns the names written.
 
-    Without matplotlib the pictures are left out.
+    Without matplotlib the pictures are left out. The page is there before they are drawn, and written anew with them.
     """
     identity = run["identity"]
     title = f"{identity['model'].rpartition('/')[2]}, {identity['dtype']}"
     lengths = by_context(rows, labels_of(run))
+    # A picture that can't be drawn must not cost the tables.
+    write(PAGE, results_page(rows, run, None, lengths))
     figures: dict[str, tuple[str, bytes]] = {}
     try:
         picture = scores_png(rows, title, labels_of(run))
@@ -39,8 +41,9 @@ def write_report(rows: Sequence[ResultRow], run: Mapping[str, Any], write: Write
     for name, (_, figure) in figures.items():
         write(name, figure)
         written.append(name)
-    shown = {name: shows for name, (shows, _) in figures.items()}
-    write(PAGE, results_page(rows, run, PICTURE if picture is not None else None, lengths, shown))
+    if written:
+        shown = {name: shows for name, (shows, _) in figures.items()}
+        write(PAGE, results_page(rows, run, PICTURE if picture is not None else None, lengths, shown))
     return [PAGE, *written]
 
 
