@@ -193,6 +193,13 @@ def test_a_point_without_all_tasks_has_no_score() -> None:
     assert snapkv.points[2048].active_bytes == 512e3
 
 
+def test_a_point_over_fewer_rows_has_no_score() -> None:
+    rows = some_rows()
+    found = by_context([r | {"n": 1} if r["cell_id"] == "vt.512.snapkv" else r for r in rows])  # type: ignore[misc]
+    assert found is not None
+    assert [point.score for point in found.curves[1].points.values()] == [None, 31.0, 32.0]
+
+
 def test_several_budgets_are_several_curves() -> None:
     more = [row("snapkv", s, t, 1.0, compression_ratio=0.9) for s in SIZES for t in ("vt", "qa_1")]
     found = by_context([*some_rows(), *more])

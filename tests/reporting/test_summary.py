@@ -113,6 +113,23 @@ def test_a_method_without_all_tasks_is_marked() -> None:
     assert any(note.startswith("* average over only some") for note in notes(summary))
 
 
+def test_scores_over_fewer_rows_are_marked() -> None:
+    """As when a method joins a folder under a lower limit."""
+    added = [row("tova", 0.5, "vt", 50.0, n=3), row("tova", 0.5, "qa_1", 30.0)]
+    summary = summarize([*ROWS, *added])
+    assert [line.complete for line in summary.lines] == [True] * 4 + [False]
+    assert "| tova | 0.50 | 0.504 | 40.0* | 50.0* | 30.0 |" in to_markdown(summary)
+    assert to_markdown(summary).count("*") == 2
+    assert any("fewer of a task's rows" in note for note in notes(summary))
+    assert not any(note.startswith("*") for note in notes(summarize(ROWS)))
+
+
+def test_numbers_of_rows_may_differ_between_tasks_and_lengths() -> None:
+    rows = [row("knorm", 0.5, "vt", 1.0), row("knorm", 0.5, "qa_1", 2.0, n=9)]
+    longer = row("knorm", 0.5, "vt", 1.0, n=2, context_length=2048, cell_id="long")
+    assert summarize([*rows, longer]).lines[0].complete
+
+
 def test_perplexity_stays_out_of_the_average() -> None:
     extra = [
         row("full", 0.0, "continuation", 12.5, benchmark="perplexity", metric="perplexity"),
@@ -211,12 +228,16 @@ def test_the_picture_draws_every_complete_method(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Axes, "plot", record)
     axhline = Axes.axhline
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **o: (levels.append(y), axhline(self, y, **o))[1])
-    data = scores_png([*ROWS, row("tova", 0.5, "vt", 50.0)], "tiny")
+    fewer = [row("tova", 0.75, task, 50.0, n=3) for task in ("vt", "qa_1")]
+    data = scores_png([*ROWS, row("tova", 0.5, "vt", 50.0), *fewer], "tiny")
     assert data is not None and min(png_size(data)) > 500
     assert drawn == {
         "snapkv": (pytest.approx([0.504, 0.754]), [45.0, 30.0]),
         "knorm": (pytest.approx([0.504]), [5.0]),
     }
+    assert levels == [85.0]
+    # The uncompressed line too is drawn only beside averages over the same rows.
+    assert scores_png([r | {"n": 3} if r["method"] == "full" else r for r in ROWS], "tiny") is not None  # type: ignore[misc]
     assert levels == [85.0]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sparsekv.benchmarks.scoring import higher_is_better
 from sparsekv.evaluation.records import ResultRow
 from sparsekv.reporting.grid import Grid
-from sparsekv.reporting.summary import grouped, passive_bytes
+from sparsekv.reporting.summary import grouped, passive_bytes, short_cells
 from sparsekv.reporting.tables import ATTENDED_NOTE, MEGABYTE, PASSIVE_NOTE
 
 TaskName = tuple[str, str]
@@ -23,7 +23,7 @@ class Point:
 
     Parameters
     ----------
-    score : of the tasks that are percentages, if all of them are there
+    score : of the tasks that are percentages, if all of them are there, each over as many rows as any other curve's
     achieved, attended : achieved_compression and attended_fraction
     active_bytes, passive_bytes : of the cache, by tier
     read_s : seconds to read the context and to compress it
@@ -102,6 +102,7 @@ def by_context(rows: Sequence[ResultRow], labels: Mapping[str, str] | None = Non
     swept = [row for row in rows if (row["benchmark"], row["task"]) in tasks]
     scored = {(r["benchmark"], r["task"]) for r in swept if higher_is_better(r["metric"])}
     groups = grouped(swept, labels)
+    short = short_cells(swept)
     budgets = Counter(group.method for group in groups)
     curves = []
     for group in groups:
@@ -116,7 +117,7 @@ def by_context(rows: Sequence[ResultRow], labels: Mapping[str, str] | None = Non
                 method=group.method,
                 requested=group.requested,
                 uncompressed=group.uncompressed,
-                points={size: _point(found, len(scored)) for size, found in of_size.items() if found},
+                points={size: _point(found, len(scored), short) for size, found in of_size.items() if found},
             )
         )
     return ByContext(
@@ -133,8 +134,9 @@ def _names(tasks: Sequence[TaskName], among: Iterable[TaskName]) -> tuple[str, .
     return tuple(task if alike[task] == 1 else f"{benchmark}/{task}" for benchmark, task in tasks)
 
 
-def _point(rows: Sequence[ResultRow], n_scored: int) -> Point:
-    scores = [row["score"] for row in rows if higher_is_better(row["metric"])]
+def _point(rows: Sequence[ResultRow], n_scored: int, short: set[str]) -> Point:
+    scored = [row for row in rows if higher_is_better(row["metric"])]
+    scores = [row["score"] for row in scored if row["cell_id"] not in short]
     passive = statistics.fmean(passive_bytes(row) for row in rows)
     read = [r["prefill_s"] + (r["select_s"] or 0.0) for r in rows if r["prefill_s"] is not None]
     return Point(

@@ -39,7 +39,7 @@ def scores_png(
     rows: Sequence[ResultRow], title: str, labels: Mapping[str, str] | None = None
 ) -> bytes | None:
     """A PNG: the average score of every method over its achieved compression, and the uncompressed score as
-    a line.
+    a line. Averages that are not over the same rows as the others are left out.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def scores_png(
     height = max(4.8, 0.27 * len(methods) + 1.4)
     figure, axes = plt.subplots(figsize=(8.6 if len(methods) <= 12 else 11, height), layout="constrained")
     for line in summary.lines:
-        if line.uncompressed and line.average is not None:
+        if line.uncompressed and line.average is not None and line.complete:
             axes.axhline(line.average, color="0.25", linestyle="--", linewidth=1.3, label="uncompressed")
     for index, method in enumerate(methods):
         points = sorted(curves[method], key=lambda line: line.achieved)

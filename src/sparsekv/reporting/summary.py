@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,13 @@ class Line:
     ratio : the requested compression_ratio, if it was one
     scores : task column -> score
     average : mean of the scores that are percentages, None if there are none
-    complete : every column has a score
+    complete : every column has a score, none of them over fewer rows than another line's
     achieved : mean achieved_compression over tasks
     cache_bytes, passive_bytes, tokens_per_s : mean over tasks; tokens_per_s None where nothing was measured.
         cache_bytes holds all tiers, passive_bytes the part in a second one.
     attended : mean attended_fraction over tasks
     uncompressed : nothing was evicted
+    short : columns whose score is over fewer rows than another line's
     """
 
     method: str
@@ -43,6 +45,7 @@ class Line:
     uncompressed: bool
     passive_bytes: float = 0.0
     attended: float = 1.0
+    short: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,18 @@ def column_name(row: ResultRow, several_benchmarks: bool, several_lengths: bool)
     )
 
 
+def short_cells(rows: Sequence[ResultRow]) -> set[str]:
+    """The cell_ids of rows whose score is over fewer examples than another row's of the same task and length."""
+
+    def scored(row: ResultRow) -> tuple[str, str, int | None]:
+        return row["benchmark"], row["task"], row["context_length"]
+
+    most: Counter[tuple[str, str, int | None]] = Counter()
+    for row in rows:
+        most[scored(row)] = max(most[scored(row)], row["n"])
+    return {row["cell_id"] for row in rows if row["n"] < most[scored(row)]}
+
+
 def summarize(rows: Sequence[ResultRow], labels: Mapping[str, str] | None = None) -> Summary:
     """Rows of results.jsonl to lines: the uncompressed first, then by method in order of appearance, then by
     budget.
@@ -90,7 +105,10 @@ def summarize(rows: Sequence[ResultRow], labels: Mapping[str, str] | None = None
             columns.append(name)
         if higher_is_better(row["metric"]):
             percentages.add(name)
-    lines = [_line(group, benchmarks, lengths, columns, percentages) for group in grouped(rows, labels)]
+    short = short_cells(rows)
+    lines = [
+        _line(group, benchmarks, lengths, columns, percentages, short) for group in grouped(rows, labels)
+    ]
     return Summary(columns, percentages, lines)
 
 
@@ -156,9 +174,15 @@ def _group(rows: list[ResultRow], labels: Mapping[str, str], apart: Sequence[str
 
 
 def _line(
-    group: Group, benchmarks: bool, lengths: bool, columns: Sequence[str], percentages: set[str]
+    group: Group,
+    benchmarks: bool,
+    lengths: bool,
+    columns: Sequence[str],
+    percentages: set[str],
+    short_cells: set[str],
 ) -> Line:
     rows = group.rows
+    short = frozenset(column_name(row, benchmarks, lengths) for row in rows if row["cell_id"] in short_cells)
     scores = {column_name(row, benchmarks, lengths): row["score"] for row in rows}
     averaged = [score for name, score in scores.items() if name in percentages]
     speeds = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"] is not None]
@@ -168,11 +192,12 @@ def _line(
         ratio=group.ratio,
         scores=scores,
         average=statistics.fmean(averaged) if averaged else None,
-        complete=all(name in scores for name in columns),
+        complete=not short and all(name in scores for name in columns),
         achieved=statistics.fmean(row["achieved_compression"] for row in rows),
         cache_bytes=statistics.fmean(row["cache_bytes"] for row in rows),
         tokens_per_s=statistics.fmean(speeds) if speeds else None,
         uncompressed=group.uncompressed,
         passive_bytes=statistics.fmean(passive_bytes(row) for row in rows),
         attended=statistics.fmean(row["attended_fraction"] for row in rows),
+        short=short,
     )

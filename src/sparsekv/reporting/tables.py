@@ -35,7 +35,10 @@ def _trail(summary: Summary) -> list[str]:
 def _cells(line: Line, columns: Sequence[str], trail: Sequence[str]) -> list[str]:
     """The texts of one line, in the order of LEAD, the task columns and the trail."""
     average = "–" if line.average is None else f"{line.average:.1f}{'' if line.complete else '*'}"
-    scores = [f"{line.scores[name]:.1f}" if name in line.scores else "–" for name in columns]
+    scores = [
+        f"{line.scores[name]:.1f}{'*' if name in line.short else ''}" if name in line.scores else "–"
+        for name in columns
+    ]
     last = {
         "cache MB": f"{line.cache_bytes / MEGABYTE:.2f}",
         "active MB": f"{(line.cache_bytes - line.passive_bytes) / MEGABYTE:.2f}",
@@ -52,6 +55,10 @@ PASSIVE_NOTE = (
 )
 ATTENDED_NOTE = (
     "attended: the fraction of what is stored, in both tiers, that the answer's last step attended to"
+)
+
+INCOMPLETE_NOTE = (
+    "* average over only some of the tasks, or a score over fewer of a task's rows than another line's"
 )
 
 
@@ -73,7 +80,7 @@ def notes(summary: Summary) -> list[str]:
     if lower:
         found.append(f"lower is better, and not part of the average: {', '.join(lower)}")
     if not all(line.complete for line in summary.lines):
-        found.append("* average over only some of the tasks")
+        found.append(INCOMPLETE_NOTE)
     return found
 
 
