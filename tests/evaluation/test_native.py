@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sparsekv.benchmarks.base import Example
 from sparsekv.config import EvalConfig, parse_config
+from sparsekv.evaluation import native
 from sparsekv.evaluation.answers import Answerer
 from sparsekv.evaluation.cells import Setting, settings
 from sparsekv.evaluation.native import native_times
@@ -94,6 +96,36 @@ def test_native_times_leave_the_stop_rule_as_it_was(
     seconds, rate = native_times(model, toy_tokenizer, prompt, policy, setting.budget, 4)
     assert seconds > 0 and rate > 0
     assert model.generation_config.eos_token_id == 7
+
+
+@pytest.mark.parametrize(("method", "changes", "achieved"), CASES)
+def test_native_times_are_of_one_answer(
+    method: dict[str, Any],
+    changes: dict[str, Any],
+    achieved: float,
+    prompt: Prompt,
+    tiny_model: Callable[..., Any],
+    toy_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A difference of two answers is nonsense where the first one is slow: it made rates of 10^9 tokens/s."""
+    model = tiny_model("llama")
+    passes: list[float] = []
+
+    def spend(module: Any, args: Any, kwargs: Any) -> None:
+        passes.append(0.25 if passes else 60.0)  # the first pass warms up
+
+    hook = model.model.register_forward_pre_hook(spend, with_kwargs=True)
+    monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: sum(passes)))
+    setting = one(method, **changes)
+    policy = setting.policy()
+    assert isinstance(policy, NativePolicy)
+    try:
+        seconds, rate = native_times(model, toy_tokenizer, prompt, policy, setting.budget, 4)
+    finally:
+        hook.remove()
+    assert (seconds, rate) == (60.25, 4.0)  # context and question; 3 tokens of 0.25 s
+    assert len(passes) == 5 and not model._forward_pre_hooks
 
 
 def test_the_plain_model_comes_back_after_a_native_method(

@@ -52,16 +52,27 @@ def native_reply(
 def native_times(
     model: Any, tokenizer: Any, prompt: Prompt, policy: NativePolicy, budget: Budget, n_tokens: int
 ) -> tuple[float, float]:
-    """(seconds for prefill, eviction and question; decoded tokens per second), from two answers."""
-    seconds = []
-    with _endless(model):
-        for length in (1, n_tokens):
-            begin = time.perf_counter()
-            _run(model, tokenizer, prompt, policy, budget, length)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-    return seconds[0], (n_tokens - 1) / max(seconds[1] - seconds[0], 1e-9)
+    """(seconds for prefill, eviction and question; decoded tokens per second), of one answer of `n_tokens` >= 2.
+
+    The first token is there when the model is called with it, which is n_tokens - 1 calls before the end.
+    """
+    calls: list[float] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(_now()))
+    try:
+        with _endless(model):
+            begin = _now()
+            _run(model, tokenizer, prompt, policy, budget, n_tokens)
+            end = _now()
+    finally:
+        hook.remove()
+    answering = calls[-(n_tokens - 1)]
+    return answering - begin, (n_tokens - 1) / (end - answering)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _run(
