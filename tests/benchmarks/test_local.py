@@ -91,6 +91,25 @@ def test_defaults_for_task_and_limit(tmp_path):
             "line 2: field 'max_new_tokens' must be a whole number of at least 1, not 0",
         ),
         ({**ROW, "max_new_tokens": "9"}, "line 2: field 'max_new_tokens' must be a whole number"),
+        (
+            {**ROW, "max_new_tokens": float("inf")},
+            "line 2: field 'max_new_tokens' must be a whole number of at least 1, not inf",
+        ),
+        (
+            {**ROW, "max_new_tokens": float("nan")},
+            "line 2: field 'max_new_tokens' must be a whole number of at least 1, not nan",
+        ),
+        ({**ROW, "max_new_tokens": True}, "line 2: field 'max_new_tokens' must be a whole number"),
+        ({**ROW, "max_new_tokens": 2.5}, "line 2: field 'max_new_tokens' must be a whole number"),
+        (
+            json.dumps({**ROW, "max_new_tokens": 7}).replace("7", "-" + 5000 * "7"),
+            "line 2: field 'max_new_tokens' must be a whole number of at least 1, not a number of 5000 digits",
+        ),
+        (
+            json.dumps({**ROW, "question": 7}).replace("7", 5000 * "7"),
+            "line 2: field 'question' must be text, not LongInteger",
+        ),
+        (json.dumps({**ROW, "answer": 7}).replace("7", 5000 * "7"), "line 2: field 'answer' must be a text"),
         ("[1]", "line 2: a row must be an object with fields, not list"),
         ('{"context": ', "line 2: not JSON: Expecting value (column 13)"),
     ],

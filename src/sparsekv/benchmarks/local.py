@@ -138,7 +138,8 @@ def _limit(row: dict[str, Any], where: str) -> int:
     value = row.get("max_new_tokens")
     if value is None:
         raise ConfigError(f"{where}: field 'max_new_tokens' is missing; give it here or in the configuration")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    whole = value.is_integer() if isinstance(value, float) else type(value) is int
+    if not whole or value < 1:
         raise ConfigError(
             f"{where}: field 'max_new_tokens' must be a whole number of at least 1, not {value!r}"
         )
@@ -150,11 +151,28 @@ def _jsonl_rows(path: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path} line {number}", json.loads(line)
+            yield f"{path} line {number}", json.loads(line, parse_int=_integer)
         except json.JSONDecodeError as error:
             raise ConfigError(
                 f"{path} line {number}: not JSON: {error.msg} (column {error.colno})"
             ) from error
+
+
+class LongInteger:
+    """Stands for an integer of more digits than Python reads, so that the check of its field can name it."""
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __repr__(self) -> str:
+        return f"a number of {len(self._digits.lstrip('-'))} digits"
+
+
+def _integer(digits: str) -> int | LongInteger:
+    try:
+        return int(digits)
+    except ValueError:  # sys.get_int_max_str_digits()
+        return LongInteger(digits)
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
