@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from sparsekv.evaluation.records import ResultRow
+from sparsekv.reporting.markdown import cell, code
 from sparsekv.reporting.plots import scores_png
 from sparsekv.reporting.report import results_page, write_report
 from sparsekv.reporting.summary import summarize
@@ -171,6 +172,39 @@ def test_what_tells_lines_apart_is_shown() -> None:
     assert summarize(counts).lines[0].requested == "64 tokens"
     own = [row("sink_recent", 0.5, "vt", 1.0, compression_ratio=None)]
     assert summarize(own).lines[0].requested == "own"
+
+
+def test_names_stay_in_their_cells_of_a_page() -> None:
+    """Labels, tasks, models and the command are a user's texts."""
+    task = "x|y\nz<b>"
+    run = RUN | {
+        "command": "sparsekv eval a.yaml 'x=a|b<c`d'\n'",
+        "identity": {**RUN["identity"], "model": "m|<n>"},  # type: ignore[dict-item]
+        "cells": {"one": {"label": "a|b <script>"}},
+    }
+    page = results_page([row("knorm", 0.5, task, 1.0, cell_id="one")], run, None)
+    assert r"| average | x\|y z&lt;b> | cache MB |" in page
+    assert r"| a\|b &lt;script> | 0.50 |" in page
+    assert r"| command | ``sparsekv eval a.yaml 'x=a\|b<c`d' '`` |" in page
+    assert r"| model | m\|&lt;n> |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("snapkv[window_size=8]", "snapkv[window_size=8]"),
+        ("a\r\nb\u2028c\n", "a b c"),
+        ("`a<b` <c> ``d`<`` <", "`a<b` &lt;c> ``d`<`` &lt;"),
+        ("a` < ``b", "a` &lt; ``b"),
+    ],
+)
+def test_a_cell_is_one_line_without_html(text: str, shown: str) -> None:
+    assert cell(text) == shown
+
+
+@pytest.mark.parametrize(("text", "shown"), [("a", "`a`"), ("a`b", "``a`b``"), ("`a``b", "``` `a``b ```")])
+def test_code_may_hold_backticks(text: str, shown: str) -> None:
+    assert code(text) == shown
 
 
 def test_a_methods_arguments_stand_in_the_terminal_table() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekv.evaluation.records import ResultRow
 from sparsekv.evaluation.results import joined_commits
+from sparsekv.reporting.markdown import code, markdown_row
 from sparsekv.reporting.summary import Line, Summary
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ def to_markdown(summary: Summary) -> str:
     """A GitHub table."""
     trail = _trail(summary)
     header = [*LEAD, *summary.columns, *trail]
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |")
-    lines += ["| " + " | ".join(_cells(line, summary.columns, trail)) + " |" for line in summary.lines]
-    return "\n".join(lines) + "\n"
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    lines += [_cells(line, summary.columns, trail) for line in summary.lines]
+    return "".join(map(markdown_row, lines))
 
 
 def to_rich(summary: Summary, width: int) -> Table:
@@ -143,7 +143,7 @@ def facts_of(rows: Sequence[ResultRow], run: Mapping[str, Any]) -> dict[str, str
     gpus = ", ".join(machine["gpus"]) or "none"
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "unknown memory"
     return {
-        "command": f"`{run['command']}`" if run["command"] else "–",
+        "command": code(run["command"]) if run["command"] else "–",
         "model": identity["model"] + (f" with adapter {identity['adapter']}" if identity["adapter"] else ""),
         "dtype, device": f"{identity['dtype']}, {identity['device']}",
         "rows per task": n_rows,
@@ -158,7 +158,7 @@ def facts_of(rows: Sequence[ResultRow], run: Mapping[str, Any]) -> dict[str, str
 
 def facts_table(facts: Mapping[str, str]) -> str:
     """`facts_of` as a Markdown table."""
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in facts.items()) + "\n"
+    return "| | |\n|---|---|\n" + "".join(map(markdown_row, facts.items()))
 
 
 def listed(notes: Sequence[str]) -> str:
