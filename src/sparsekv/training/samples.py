@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -23,13 +23,15 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
     Parameters
     ----------
     item : with input_ids, or with text (then a tokenizer is needed)
+        Columns that its attention_mask hides are padding: they, and their labels, are left out. The boundary counts
+        them; None is 0.
     index : its place in the data set; an own sample_index wins
     seq_len : text is cut to so many tokens
 
     Raises
     ------
     ConfigError
-        If it has neither, or labels or a boundary that do not fit its tokens.
+        If it has neither, or labels, a boundary or an attention_mask that do not fit its tokens.
     """
     ids = item.get("input_ids")
     if ids is None:
@@ -40,20 +42,39 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
             )
         ids = tokenizer(item["text"], truncation=True, max_length=seq_len)["input_ids"]
     ids = [int(token) for token in ids]
-    if len(ids) < LEAST_TOKENS:
+    start, end = _tokens(item.get("attention_mask") if "input_ids" in item else None, len(ids), index)
+    if end - start < LEAST_TOKENS:
         return None
-    labels, boundary = item.get("labels"), int(item.get("boundary", 0))
+    labels, boundary = item.get("labels"), int(item.get("boundary") or 0)
     labels = ids if labels is None else [int(token) for token in labels]
     if len(labels) != len(ids):
         raise ConfigError(f"data set item {index} has {len(ids)} input_ids and {len(labels)} labels")
-    if not 0 <= boundary <= len(ids):
-        raise ConfigError(f"data set item {index}: boundary must be in [0, {len(ids)}], got {boundary}")
+    if boundary and not start < boundary <= end:
+        allowed = f"0, or in [{start + 1}, {end}]" if start else f"in [0, {end}]"
+        raise ConfigError(f"data set item {index}: boundary must be {allowed}, got {boundary}")
     return {
-        "input_ids": ids,
-        "labels": labels,
-        "boundary": boundary,
+        "input_ids": ids[start:end],
+        "labels": labels[start:end],
+        "attention_mask": [1] * (end - start),
+        "boundary": boundary - start if boundary else 0,
         "sample_index": int(item.get("sample_index", index)),
     }
+
+
+def _tokens(mask: Sequence[Any] | None, n: int, index: int) -> tuple[int, int]:
+    """The columns [start, end) of a row of n that its attention_mask shows; all without one."""
+    if mask is None:
+        return 0, n
+    shown = [int(each) for each in mask]
+    if len(shown) != n:
+        raise ConfigError(f"data set item {index} has {n} input_ids and an attention_mask of {len(shown)}")
+    start, total = shown.index(1) if 1 in shown else 0, shown.count(1)
+    if shown != [0] * start + [1] * total + [0] * (n - start - total):
+        raise ConfigError(
+            f"data set item {index}: attention_mask must be 1 for the tokens of a row, which lie side by side, and 0 "
+            "for padding before and after them"
+        )
+    return start, start + total
 
 
 class Samples(Dataset):
