@@ -307,8 +307,8 @@ class LayerPolicy(Policy):
     """Newest tokens that observe the others; None: those of this forward, or it observes nothing."""
 
     too_short: int = 0
-    """Contexts of at most so many entries can't be scored, for these are the queries that score; training leaves such
-    a context whole."""
+    """Contexts of at most so many entries can't be scored, for these are the queries that score, or never leave;
+    training leaves such a context whole."""
 
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""

@@ -19,6 +19,7 @@ from kvpress import (
     BlockPress,
     CapPress,
     ChunkPress,
+    CompactorPress,
     ComposedPress,
     CriticalKVPress,
     CURPress,
@@ -26,6 +27,7 @@ from kvpress import (
     ExpectedAttentionPress,
     PerLayerCompressionPress,
     SnapKVPress,
+    StreamingLLMPress,
     TOVAPress,
 )
 from torch import Tensor, nn
@@ -90,6 +92,15 @@ def decided_ratio(
     return exact_ratio(budget, n, counts_evicted=counts_evicted)
 
 
+def _untouched(press: BasePress) -> int:
+    """How many entries a press leaves out of what it scores without asking whether there are more."""
+    if isinstance(press, (StreamingLLMPress, ExpectedAttentionPress, CapPress)):
+        return press.n_sink
+    if isinstance(press, CompactorPress):
+        return press.sink_size_start + press.sink_size_end
+    return 1 if isinstance(press, TOVAPress) else 0  # its only query is the last token's
+
+
 def keeps_all(budget: Budget, n: int) -> bool:
     """True if the budget itself evicts nothing: then no press is asked, as in kvpress."""
     if budget.tokens is not None:
@@ -148,8 +159,15 @@ class _InLayer(LayerPolicy):
 
     @property
     def too_short(self) -> int:  # type: ignore[override]
-        """Its window: kvpress refuses a context that is not longer."""
-        return self.window
+        """Its window, or what else it never drops: kvpress fails on a context that is not longer."""
+        return max(self.window, *(_untouched(press) for press in nested(self.template)))
+
+    def _check_length(self, n: int) -> None:
+        if n <= self.too_short:
+            raise ConfigError(
+                f"method {self.name} needs a context of more than {self.too_short} tokens, got {n}; keep all of a "
+                "shorter one"
+            )
 
     def _ready(self, module: nn.Module, ratio: float) -> BasePress:
         """A fresh copy with its ratio set and its weights loaded."""
@@ -184,6 +202,7 @@ class PressScores(_InLayer):
 
     def scores_with_gradient(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """As `score_layer`; gradients flow to whatever the press computes its scores from."""
+        self._check_length(ctx.keys.shape[2])
         if self.ratio_free and not budget.given:
             ratio = 0.0
         else:
@@ -234,6 +253,7 @@ class PressLayer(_InLayer):
         n = ctx.keys.shape[2]
         if keeps_all(budget, n):
             return torch.ones(ctx.keys.shape[:3], dtype=torch.bool, device=ctx.keys.device)
+        self._check_length(n)
         ratio = decided_ratio(self.template, self.name, budget, n)
         if not ctx.covers_entries and any(isinstance(p, _WHOLE_CONTEXT) for p in nested(self.template)):
             raise ConfigError(
