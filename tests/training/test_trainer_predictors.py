@@ -14,6 +14,7 @@ from sparsekv.models import load_model
 from sparsekv.relevance import has_relevance, relevance_modules
 from sparsekv.relevance.predictor import Served, served_of
 from sparsekv.training import EITObjective, FixedCurriculum, SparseKVTrainer
+from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation, RelaxedRelevance
 from toy import tiny_model, toy_tokenizer
 from training.toy_trainer import trainer_for
@@ -110,3 +111,20 @@ def test_steps_without_eviction_train_no_predictor(tmp_path):
     assert trainer.args.ddp_find_unused_parameters
     attention = trainer_for(tmp_path, press=sparsekv.SoftThresholdPress(n_sink=2, n_recent=5))
     assert not has_relevance(attention.model) and not attention.args.ddp_find_unused_parameters
+
+
+def test_streaming_asks_the_whole_row_for_the_budget(tmp_path):
+    """Its weights are those of all entries. Of 60 a tenth is asked for, and of a context of 12 all that always stay."""
+    rows = [{"input_ids": [3 + (7 * i + 11 * j) % 200 for j in range(60)], "boundary": 12} for i in range(4)]
+    trainer = trainer_for(
+        tmp_path,
+        {"max_steps": 1},
+        relaxation=Relaxation(n_sink=1, n_recent=5),
+        curriculum=FixedCurriculum(0.9),
+        dropping=DroppingConfig("streaming", window=4),
+        train_dataset=rows,
+    )
+    trainer.train()
+    row = trainer.state.log_history[0]
+    kept = 1 - row["achieved_compression"]
+    assert kept > 0.6 and row["budget_penalty"] == pytest.approx(50 * (kept - 0.1) ** 2, rel=0.05)

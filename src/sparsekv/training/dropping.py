@@ -179,9 +179,11 @@ def achieved_compression(plan: SelectionPlan, mask: Tensor, boundaries: Sequence
     return float(torch.stack(lost).mean()) if lost else 0.0
 
 
-def contexts_of_rows(batch: Mapping[str, Tensor]) -> Tensor:
-    """LongTensor [B]: entries before each row's boundary."""
+def contexts_of_rows(batch: Mapping[str, Tensor], way: Dropping) -> Tensor:
+    """LongTensor [B]: the entries of each row that are chosen among, those before its boundary; streaming: all."""
     mask = batch["attention_mask"]
+    if way == "streaming":
+        return mask.sum(1)
     boundary = batch[BOUNDARY].to(mask.device)
     return (boundary - (mask.shape[1] - mask.sum(1))).clamp_min(0)
 

@@ -281,7 +281,8 @@ class SparseKVTrainer(ResumableTrainer):
         share = float(labels_of_rows(inputs).sum()) / items
         if self.relaxation is not None:
             rows = labels_of_rows(inputs) / items
-            penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows, contexts_of_rows(inputs))
+            contexts = contexts_of_rows(inputs, self.dropping.way)
+            penalty = self.relaxation.penalty(plan.soft_kept, ratio, rows, contexts)
             if penalty is not None:
                 loss = loss + penalty
                 self.meter.add({"budget_penalty": float(penalty.detach())}, {"budget_penalty": share})
