@@ -88,9 +88,27 @@ def test_empty_texts_give_their_place_to_the_next():
     rows = [{"text": text} for text in ("ab", "", "c", "def", "")]
     made = Samples.of(rows, tokenizer, 16)
     assert [made[i]["sample_index"] for i in range(5)] == [0, 3, 3, 3, 0]
+    assert [sample["sample_index"] for sample in made] == [0, 3, 3, 3, 0], "it ends when it is iterated"
+    assert made[-1] == made[4]
+    for outside in (5, -6):
+        with pytest.raises(IndexError, match=f"sample {outside} of 5"):
+            made[outside]
     streamed = Samples.of(iter(rows), tokenizer, 16)
     assert isinstance(streamed, StreamedSamples)
     assert [sample["sample_index"] for sample in streamed] == [0, 3]
+
+
+def test_rows_may_be_grouped_by_their_length(tmp_path):
+    """Trainer iterates the data set for that, and hands out the longest of some rows first."""
+    lengths = [20, 4, 19, 5, 18, 6]
+    trainer = trainer_for(
+        tmp_path,
+        {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 6},
+        press=BlockDropoutPress(block_size=2, compression_ratio=0.5, n_sink=1, recent=2),
+        train_dataset=[{"input_ids": list(range(5, 5 + n))} for n in lengths],
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["attention_mask"].sum(1).tolist() == sorted(lengths, reverse=True)
 
 
 class Anew(IterableDataset):

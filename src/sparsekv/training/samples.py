@@ -90,7 +90,7 @@ class Samples(Dataset):
 
     def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
         self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
-        self[0]  # so that a wrong data set is told before training
+        self._usable(0)  # so that a wrong data set is told before training
 
     @classmethod
     def of(cls, dataset: Any, tokenizer: Any, seq_len: int, *, endless: bool = False) -> Any:
@@ -107,6 +107,12 @@ class Samples(Dataset):
         return len(self.inner)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):  # this ends an iteration
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._usable(index)
+
+    def _usable(self, index: int) -> dict[str, Any]:
+        """The first sample at or after `index`; after the last comes the first."""
         for place in range(index, index + len(self)):
             place %= len(self)
             found = as_sample(self.inner[place], place, self.tokenizer, self.seq_len)
