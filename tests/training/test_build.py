@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
-from sparsekv.relevance import attach_relevance
+from sparsekv.relevance import RelevanceConfig, attach_relevance
 from sparsekv.relevance.files import save_relevance
 from sparsekv.training.build import build_trainer, run_training
 from sparsekv.training.config import TrainConfig
@@ -75,6 +75,28 @@ def test_predictors_alone_are_no_adapter(model: Path, tmp_path: Path) -> None:
     save_relevance(attach_relevance(tiny_model("llama", num_hidden_layers=2)), tmp_path)
     with pytest.raises(ConfigError, match=r"holds relevance predictors alone; relevance: \{start_from: "):
         build_trainer(config(model, tmp_path / "run", adapter=str(tmp_path)))
+
+
+def test_an_adapters_predictors_are_of_the_shape_that_the_config_says(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", 2)
+    predictors = RelevanceConfig(width=6)
+    save_relevance(attach_relevance(tiny_model("llama", num_hidden_layers=2), predictors), adapter)
+
+    def changes(**relevance: Any) -> dict[str, Any]:
+        given = {"enabled": True, "n_sink": 1, "n_recent": 3, **relevance}
+        return {"adapter": str(adapter), "press": None, "objective": "eit", "relevance": given}
+
+    trainer = build_trainer(config(model, tmp_path, **changes(width=6)))
+    begun = load_file(adapter / "relevance.safetensors")
+    assert begun and all(
+        torch.equal(layer.self_attn.relevance.state_dict()[name], begun[f"layers.{index}.{name}"])
+        for index, layer in enumerate(trainer.model.get_base_model().model.layers)
+        for name in layer.self_attn.relevance.state_dict()
+    )
+    with pytest.raises(ConfigError, match=r"adapter' has predictors of width 6, the config asks for 8"):
+        build_trainer(config(model, tmp_path, **changes(width=8)))
+    with pytest.raises(ConfigError, match=r"has predictors of features \('hidden',\), the config asks for"):
+        build_trainer(config(model, tmp_path, **changes(width=6, features=["hidden", "attention"])))
 
 
 @pytest.mark.parametrize("method", ["dynamic_kv", "quest", "think", "kvzip"])

@@ -20,7 +20,7 @@ from sparsekv.models import load_model
 from sparsekv.models.load import add_adapter
 from sparsekv.models.locate import ADAPTER_CONFIG, check_adapter_folder
 from sparsekv.policies import make_policy
-from sparsekv.relevance.files import RELEVANCE_FILE, load_relevance
+from sparsekv.relevance.files import RELEVANCE_FILE
 from sparsekv.relevance.predictor import RelevanceConfig
 from sparsekv.training.checkpoints import check_config, latest_whole, list_checkpoints, step_of
 from sparsekv.training.config import TrainConfig
@@ -41,7 +41,8 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     Raises
     ------
     ConfigError
-        For an unknown press, method or objective, LoRA targets that match nothing, or data without a usable row.
+        For an unknown press, method or objective, LoRA targets that match nothing, predictors to start from of another
+        shape, or data without a usable row.
     """
     config = with_dtype(config)
     objective = make_objective(config.objective.name, **config.objective.arguments())
@@ -73,9 +74,9 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
             n_sink=options.n_sink,
             n_recent=options.n_recent,
         )
-    if adapter is not None and options.enabled and (adapter / RELEVANCE_FILE).exists():
-        load_relevance(model, adapter)
     shape = RelevanceConfig(options.width, options.bias, tuple(options.features))
+    if adapter is not None and options.enabled and (adapter / RELEVANCE_FILE).exists():
+        with_predictors(model, shape, adapter)
     if options.enabled and options.start_from is not None:
         with_predictors(model, shape, options.start_from)
     return SparseKVTrainer(

@@ -115,7 +115,7 @@ def with_predictors(
     for key, value in asdict(wanted).items():
         if key != "bias" and found[key] != value:  # where scores start is of no more use
             raise ConfigError(
-                f"start_from '{start_from}' has predictors of {key} {found[key]!r}, the config asks for {value!r}"
+                f"'{start_from}' has predictors of {key} {found[key]!r}, the config asks for {value!r}"
             )
     return model
 
