@@ -42,7 +42,7 @@ def save_weights(
     if not only_predictors:
         state = model.state_dict()
         if dtype is not None:
-            state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+            state = _converted(state, dtype)
         with serving_config(model):
             model.save_pretrained(str(folder), state_dict=without_predictors(state))
         tidy(model, folder)
@@ -51,6 +51,19 @@ def save_weights(
             set_in_json(Path(folder) / CONFIG_NAME, "dtype", str(dtype).removeprefix("torch."))
     if has_relevance(model):
         save_relevance(model, folder)
+
+
+def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another dtype. Tied ones stay one tensor, which transformers writes once."""
+    made: dict[Any, Tensor] = {}
+    for x in state.values():
+        if x.is_floating_point() and _place(x) not in made:
+            made[_place(x)] = x.to(dtype)
+    return {name: made.get(_place(x), x) for name, x in state.items()}
+
+
+def _place(x: Tensor) -> Any:
+    return x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
 def tidy(model: Any, folder: str | Path) -> None:
