@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsekv import BlockDropoutPress
+from sparsekv.errors import ConfigError
 from toy import tiny_model
 from training.toy_trainer import trainer_for
 
@@ -28,3 +30,18 @@ def test_tied_weights_are_written_once_in_any_dtype(tied, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(torch.bfloat16))
     for name, value in model.to(torch.bfloat16).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_an_adapter_of_another_name_is_refused(tmp_path):
+    """PEFT would write it into a folder of its name, where nothing looks for it."""
+    options = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama", num_hidden_layers=2), options, adapter_name="mine")
+    with pytest.raises(ConfigError, match=r"adapters 'mine': .* one named 'default'"):
+        trainer_for(tmp_path, model=model, press=PRESS)
+    model.add_adapter("default", options)
+    with pytest.raises(ConfigError, match="adapters 'mine', 'default'"):
+        trainer_for(tmp_path, model=model, press=PRESS)
+    model.set_adapter("default")
+    model.delete_adapter("mine")
+    trainer_for(tmp_path, model=model, press=PRESS).save_weights(tmp_path / "final")
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()

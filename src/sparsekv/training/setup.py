@@ -73,11 +73,20 @@ def with_lora(model: Any, options: LoraOptions | None, *, seed: int = 0) -> Any:
     Raises
     ------
     ConfigError
-        For targets that match nothing.
+        For targets that match nothing, and a model that has any adapter but one named "default", which PEFT writes
+        where it is looked for.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if options is None or isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        if list(model.peft_config) != ["default"]:
+            names = ", ".join(repr(name) for name in model.peft_config)
+            raise ConfigError(
+                f"the model has the adapters {names}: what is trained and saved is one named 'default'; leave out "
+                "adapter_name, and delete_adapter others"
+            )
+        return model
+    if options is None:
         return model
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     options.check_targets(linear)
