@@ -357,3 +357,18 @@ def test_a_run_in_python_goes_on_only_from_whole_checkpoints(tmp_path):
     assert [row["loss"] for row in again.state.log_history if "loss" in row] == wanted
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         made(tmp_path / "none").train(resume_from_checkpoint=True)
+
+
+def test_a_press_that_keeps_so_many_tokens_has_no_curriculum(tmp_path):
+    press = BlockDropoutPress(block_size=2, tokens=6, n_sink=1, recent=2)
+    with pytest.raises(
+        ConfigError, match="BlockDropoutPress keeps 6 tokens, and curriculum fixed sets a ratio"
+    ):
+        trainer_for(tmp_path, press=press, curriculum=FixedCurriculum(0.1))
+    trainer = trainer_for(tmp_path, {"max_steps": 1}, press=press)
+    batch, _ = first_step(trainer)
+    plan = trainer.plan(batch, trainer.policy_at(0, 0.0, 0.0), 0.0)
+    for row, boundary in enumerate(batch["boundary"].tolist()):
+        start = batch["input_ids"].shape[1] - int(batch["attention_mask"][row].sum())
+        kept = (plan.selection.evicted_at[row, 0, 0, start:boundary] == NEVER).sum()
+        assert kept == min(6, boundary - start)

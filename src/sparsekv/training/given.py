@@ -9,9 +9,11 @@ from transformers import TrainingArguments
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import Policy
 from sparsekv.policies.blocks import DEFAULT_RECENT
+from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.sparsity import Sparsity
 from sparsekv.relevance.predictor import Served
+from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.objective import Objective
 from sparsekv.training.relaxation import Relaxation
 
@@ -57,6 +59,25 @@ def check_drops(policy: Policy | None, relaxation: Relaxation | None, press_shar
             "press_share 1 gives every step to the press, so predictors would never be trained; give less, or no "
             "relaxation"
         )
+
+
+def own_budget(press: Any, curriculum: Curriculum | None) -> Budget | None:
+    """The budget of a press that decides by sizes of its own: it has no ratio, and no curriculum to set one.
+
+    Raises
+    ------
+    ConfigError
+        For a press with a number of tokens to keep beside a curriculum, whose ratios would have no meaning.
+    """
+    budget: Budget | None = press.budget() if hasattr(press, "budget") else None
+    if budget is None or budget.compression_ratio is not None:
+        return None
+    if curriculum is not None and budget.tokens is not None:
+        raise ConfigError(
+            f"press {type(press).__name__} keeps {budget.tokens} tokens, and curriculum {curriculum.name} sets a "
+            "ratio; give one"
+        )
+    return budget if getattr(press, "own_sized", False) or curriculum is None else None
 
 
 def check_start_share(

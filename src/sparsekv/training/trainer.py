@@ -51,6 +51,7 @@ from sparsekv.training.dropping import (
 from sparsekv.training.given import (
     check_drops,
     check_start_share,
+    own_budget,
     prepare_arguments,
     relevance_press,
     sparsity_of,
@@ -167,12 +168,7 @@ class SparseKVTrainer(ResumableTrainer):
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
-        # A press that was given no ratio, and no curriculum to set one, decides by sizes of its own.
-        budget = press.budget() if hasattr(press, "budget") else None
-        owns = getattr(press, "own_sized", False) or curriculum is None
-        self.own_budget: Budget | None = (
-            budget if budget is not None and budget.compression_ratio is None and owns else None
-        )
+        self.own_budget = own_budget(press, curriculum)
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
