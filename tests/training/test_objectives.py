@@ -177,6 +177,31 @@ def test_mixed_is_the_weighted_sum():
     assert not whole.needs_teacher and mixed.needs_teacher
 
 
+def test_a_mixture_may_be_part_of_a_mixture():
+    """Only a part that repeats something counts as a reconstruction, and its tokens count for it alone."""
+    eit, again = EITObjective(lambda_kl=0.5), ReconstructionObjective(weight=3.0, span=4, cue=1)
+    flat = MixedObjective([(eit, 0.6), (again, 2.0)])
+    batch = {
+        "input_ids": torch.arange(24).reshape(2, 12),
+        "attention_mask": torch.ones(2, 12, dtype=torch.long),
+        "labels": torch.arange(24).reshape(2, 12),
+    }
+    batch = flat.prepare(batch, (8, 9), (1, 2))
+    wanted = flat.terms(batch)
+    for parts in (
+        [(MixedObjective([(eit, 0.3)]), 2.0), (again, 2.0)],
+        [(eit, 0.6), (MixedObjective([(again, 4.0)]), 0.5)],
+        [(MixedObjective([(eit, 0.3), (again, 1.0)]), 2.0)],
+    ):
+        nested = MixedObjective(parts)
+        found = nested.terms(batch)
+        assert nested.changes_batch and nested.needs_teacher
+        assert torch.allclose(found.ce, wanted.ce) and torch.allclose(found.kl, wanted.kl)
+    assert not MixedObjective([(eit, 1.0)]).changes_batch
+    with pytest.raises(ConfigError, match="only one of its parts may be a reconstruction"):
+        MixedObjective([(flat, 1.0), (again, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

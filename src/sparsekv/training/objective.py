@@ -69,6 +69,11 @@ class Objective(ABC):
     temperature: float = 1.0
     sparsity_kind: Literal["entropy", "l1"] | None = None
 
+    @property
+    def changes_batch(self) -> bool:
+        """True if `prepare` adds to a batch."""
+        return type(self).prepare is not Objective.prepare
+
     def prepare(
         self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
     ) -> dict[str, Tensor]:

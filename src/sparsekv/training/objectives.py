@@ -213,12 +213,17 @@ class MixedObjective(Objective):
         kinds = {one.sparsity_kind for one, _ in self.objectives} - {None}
         if len(temperatures) > 1 or len(kinds) > 1:
             raise ConfigError("objective mixed: its parts must agree on temperature and sparsity_kind")
-        changing = [one for one, _ in self.objectives if type(one).prepare is not Objective.prepare]
+        changing = [one for one, _ in self.objectives if one.changes_batch]
         if len(changing) > 1:
             raise ConfigError("objective mixed: only one of its parts may be a reconstruction")
         object.__setattr__(self, "needs_teacher", bool(teachers))
         object.__setattr__(self, "temperature", next(iter(temperatures), 1.0))
         object.__setattr__(self, "sparsity_kind", next(iter(kinds), None))
+
+    @property
+    def changes_batch(self) -> bool:
+        """True if one of its parts does."""
+        return any(one.changes_batch for one, _ in self.objectives)
 
     def prepare(
         self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
@@ -237,7 +242,7 @@ class MixedObjective(Objective):
         for one, weight in self.objectives:
             part = one.terms(batch)
             own = torch.ones_like(ce)
-            if repeated is not None and type(one).prepare is Objective.prepare:
+            if repeated is not None and not one.changes_batch:
                 own = (~repeated).float()
             ce, kl = ce + weight * own * part.ce, kl + weight * own * part.kl
             sparsity += weight * part.sparsity
