@@ -130,6 +130,15 @@ def test_rotation_keeps_whole_ones_whatever_their_dates(tmp_path: Path) -> None:
         rotate(tmp_path, 0)
 
 
+def test_rotation_keeps_the_best_one_as_transformers_does(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    assert [step_of(path) for path in rotate(tmp_path, 3, best=1)] == [2], "one of the three"
+    assert [step_of(path) for path in rotate(tmp_path, 1, best=1)] == [3], "beside the newest"
+    assert rotate(tmp_path, 2, best=4) == [] and len(rotate(tmp_path, 1, best=2)) == 1
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [4], "what is gone protects nothing"
+
+
 def test_rotation_removes_nothing_while_nothing_is_whole(tmp_path: Path) -> None:
     for step in (1, 2):
         (folder := make(tmp_path, step)).joinpath("manifest.json").unlink()

@@ -146,8 +146,10 @@ def latest_whole(output_dir: Path) -> Latest:
     return Latest(None, skipped)
 
 
-def rotate(output_dir: Path, keep: int) -> list[Path]:
+def rotate(output_dir: Path, keep: int, *, best: int | None = None) -> list[Path]:
     """Remove all but the `keep` newest whole checkpoints, broken ones, and what a killed process left of `final/`.
+
+    As in transformers the best checkpoint is one of the `keep`, and stays beside the newest one where that is 1.
 
     Folders of that name which show no sign of this project (neither a manifest nor a curriculum's state) stay.
 
@@ -157,6 +159,8 @@ def rotate(output_dir: Path, keep: int) -> list[Path]:
     Parameters
     ----------
     keep : int >= 1
+    best : int, optional
+        The step of the best checkpoint so far, where evaluations say one.
 
     Returns
     -------
@@ -172,7 +176,11 @@ def rotate(output_dir: Path, keep: int) -> list[Path]:
         raise ConfigError(f"keep_checkpoints must be at least 1, got {keep}")
     remove_partial(output_dir)
     every = list_checkpoints(output_dir)
-    kept = [path for path in every if damage(path, contents=False) is None][:keep]
+    whole = [path for path in every if damage(path, contents=False) is None]
+    kept = whole[:keep]
+    older = [path for path in whole[keep:] if step_of(path) == best]
+    if older:
+        kept = [*whole[: max(keep - 1, 1)], *older]
     ours = [path for path in every if (path / MANIFEST).exists() or (path / CURRICULUM_FILE).exists()]
     removed = sorted((path for path in ours if path not in kept), key=step_of) if kept else []
     for path in removed:

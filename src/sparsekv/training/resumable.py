@@ -181,14 +181,24 @@ class ResumableTrainer(Trainer):
                 write_training_config(folder, self.config)
             seal(folder)
             if self.n_checkpoints is not None:
-                rotate(folder.parent, self.n_checkpoints)
+                rotate(folder.parent, self.n_checkpoints, best=self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
+        self._load_predictors(folder)
+        load_curriculum(folder, self.curriculum)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = Path(str(self.state.best_model_checkpoint))
+        if best.is_dir():  # else Trainer has warned that the last step's model stays
+            self._load_predictors(best)
+
+    def _load_predictors(self, folder: Path) -> None:
+        """The predictors of a checkpoint, which Trainer knows nothing of, and the quantiles that go with them."""
         if has_relevance(self.model):
             load_relevance(self.model, folder)
-        load_curriculum(folder, self.curriculum)
         if (folder / QUANTILES_FILE).exists():
             self.quantiles.load_state_dict(json.loads((folder / QUANTILES_FILE).read_text(encoding="utf-8")))
 
