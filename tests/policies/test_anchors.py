@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekv.errors import ConfigError
+from sparsekv.policies import make_policy
 from sparsekv.policies.anchors import AnchorConfig, Anchors, AnchorSelector, build_kv_mask_from_anchors
 from sparsekv.policies.base import TokenContext, TokenRow
 from sparsekv.policies.budget import Budget
@@ -244,6 +245,11 @@ def test_mistakes() -> None:
         Anchors(fill="recnt")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="recent_size must be a whole number >= 0, got -3"):
         AnchorConfig(recent_size=-3)
+    for switch in ("use_special", "use_punctuation", "use_sink", "use_recent"):
+        with pytest.raises(ConfigError, match=f"anchors: {switch} must be true or false, got 'no'"):
+            AnchorConfig(**{switch: "no"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="use_sink must be true or false, got 0"):
+        make_policy("dynamic_anchors", use_sink=0)
     with pytest.raises(ConfigError, match=r"extra_punctuation must be a list of non-empty strings, got '.!'"):
         AnchorConfig(extra_punctuation=".!")  # type: ignore[arg-type]
     with pytest.raises(

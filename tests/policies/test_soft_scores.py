@@ -85,6 +85,8 @@ def test_what_is_drawn_is_soft_where_it_can_be() -> None:
     assert all(isinstance(one, SoftScores) for one in press.policy.policies)
     with pytest.raises(ConfigError, match="none of random, sink_recent has scores with a gradient"):
         EvictionAug(("random", "sink_recent"), soft_scores=True)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="eviction_aug: soft_scores must be true or false, got 'off'"):
+        EvictionAugPress(["knorm"], soft_scores="off")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="adakv_snapkv has no scores with a gradient"):
         SoftScores(make_policy("adakv_snapkv"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="temperature must be a number over 0"):

@@ -17,7 +17,7 @@ from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerContext, LayerPolicy, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.picks import drawn, evenly, row_generator
-from sparsekv.policies.sizes import check_size, refuse_budget, require_budget, total_beside
+from sparsekv.policies.sizes import check_size, check_switches, refuse_budget, require_budget, total_beside
 from sparsekv.policies.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class AnchorConfig:
     extra_punctuation : tuple of str
         Further strings that count as punctuation, for example ("\\n", "+"). Found where one token, or the
         pieces of one character, consist of them.
+
+    Raises
+    ------
+    ConfigError
+        For a switch that is not true or false, a size that is no whole number, an empty string.
     """
 
     use_special: bool = True
@@ -60,6 +65,13 @@ class AnchorConfig:
     extra_punctuation: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_switches(
+            "anchors",
+            use_special=self.use_special,
+            use_punctuation=self.use_punctuation,
+            use_sink=self.use_sink,
+            use_recent=self.use_recent,
+        )
         check_size("anchors", "sink_size", self.sink_size)
         check_size("anchors", "recent_size", self.recent_size)
         extra = self.extra_punctuation

@@ -12,6 +12,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import LayerPolicy, Policy, Route, TokenPolicy
 from sparsekv.policies.picks import row_generator
+from sparsekv.policies.sizes import check_switches
 from sparsekv.policies.soft_scores import SoftScores, as_soft
 from sparsekv.policies.trainable import trainable, why_untrainable
 
@@ -35,8 +36,8 @@ class EvictionAug(Policy):
     Raises
     ------
     ConfigError
-        If the list is empty or holds a method that can't be used in a training step; if `soft_scores` and none of
-        them has scores with a gradient.
+        If the list is empty or holds a method that can't be used in a training step; if `soft_scores` is no switch, or
+        is on and none of them has scores with a gradient.
     """
 
     policies: tuple[Policy, ...] = ("snapkv", "h2o", "knorm", "tova")  # type: ignore[assignment]
@@ -47,6 +48,7 @@ class EvictionAug(Policy):
     route: ClassVar[Route] = "scores"
 
     def __post_init__(self) -> None:
+        check_switches(self.name, soft_scores=self.soft_scores)
         given: Any = self.policies
         if isinstance(given, (str, Policy)) or not isinstance(given, Sequence) or not given:
             raise ConfigError(f"{self.name}: policies must be a list of at least one method, got {given!r}")

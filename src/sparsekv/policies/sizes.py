@@ -1,4 +1,4 @@
-"""Sizes that a user gives (sinks, recent entries, windows, blocks): checked, and weighed against a budget."""
+"""Sizes and switches that a user gives (sinks, windows, blocks): checked, and weighed against a budget."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ def check_size(method: str, field: str, value: object, minimum: int = 0) -> None
     """Raise a `ConfigError` unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{method}: {field} must be a whole number >= {minimum}, got {value!r}")
+
+
+def check_switches(method: str, **switches: object) -> None:
+    """Raise a `ConfigError` unless every value, by the name of its field, is true or false; "no" isn't."""
+    for field, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{method}: {field} must be true or false, got {value!r}")
 
 
 def require_budget(method: str, budget: Budget, own: str = "") -> None:
