@@ -85,6 +85,17 @@ def test_defaults_for_task_and_limit(tmp_path):
         ({**ROW, "context": " "}, "line 2: field 'context' is empty"),
         ({**ROW, "question": 3}, "line 2: field 'question' must be text, not int"),
         ({**ROW, "answer": []}, "line 2: field 'answer' must be a text or a list of at least one"),
+        ({**ROW, "answer": ""}, "line 2: field 'answer' is empty"),
+        ({**ROW, "answer": ["Rome", " "]}, "line 2: field 'answer' is empty"),
+        (
+            {**ROW, "answer": float("nan")},
+            "line 2: field 'answer' must be a text or a list of at least one, not nan",
+        ),
+        (
+            {**ROW, "answer": ["Rome", {"x": 1}]},
+            "line 2: field 'answer' must be a text or a list of at least one, not",
+        ),
+        ({**ROW, "question": ""}, "line 2: field 'question' is empty"),
         ({**ROW, "answer": None}, "line 2: field 'answer' is missing"),
         (
             {**ROW, "max_new_tokens": 0},

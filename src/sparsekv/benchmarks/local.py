@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def _text(row: dict[str, Any], field: str, where: str, default: str | None = Non
         )
     if not isinstance(value, str):
         raise ConfigError(f"{where}: field '{field}' must be text, not {type(value).__name__}")
-    if field == "context" and not value.strip():
-        raise ConfigError(f"{where}: field 'context' is empty")
+    if field in ("context", "question") and not value.strip():
+        raise ConfigError(f"{where}: field '{field}' is empty")
     return value
 
 
@@ -129,8 +130,15 @@ def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if value is None:
         raise ConfigError(f"{where}: field 'answer' is missing; the row has: {', '.join(map(str, row))}")
     answers = value if isinstance(value, (list, tuple)) else [value]
-    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+    if not answers:
         raise ConfigError(f"{where}: field 'answer' must be a text or a list of at least one")
+    for answer in answers:
+        if not isinstance(answer, (str, int, float)) or (isinstance(answer, float) and not isfinite(answer)):
+            raise ConfigError(
+                f"{where}: field 'answer' must be a text or a list of at least one, not {answer!r}"
+            )
+        if not str(answer).strip():  # which every text contains: each answer would be right
+            raise ConfigError(f"{where}: field 'answer' is empty")
     return tuple(str(answer) for answer in answers)
 
 
