@@ -16,6 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from sparsekv.errors import ConfigError, unknown
+from sparsekv.files import make_output_dir
 from sparsekv.models import load_model
 from sparsekv.models.load import add_adapter
 from sparsekv.models.locate import ADAPTER_CONFIG, check_adapter_folder
@@ -116,10 +117,11 @@ def run_training(
     Raises
     ------
     ConfigError
-        Also if output_dir holds a run that may not be resumed, or checkpoints of another config.
+        Also if output_dir can't be a folder, or holds a run that may not be resumed or checkpoints of another config.
     """
     config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
+    make_output_dir(output)
     latest = latest_whole(output)
     if not config.resume and list_checkpoints(output):
         raise ConfigError(
@@ -134,7 +136,6 @@ def run_training(
     main = trainer.is_world_process_zero()
     log = MetricsLog(output / METRICS_FILE)
     if main:
-        output.mkdir(parents=True, exist_ok=True)
         # A run that starts anew also forgets the rows before the first step.
         log.start(-1 if latest.path is None else step_of(latest.path))
         trainer.add_callback(_ToFile(log))

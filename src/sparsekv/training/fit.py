@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import make_output_dir
 from sparsekv.models import load_model
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
@@ -42,13 +43,14 @@ def run_fit(
     Raises
     ------
     ConfigError
-        For a wrong config, data without a usable sample, checkpoints of another run, predictors that do not fit,
-        several processes.
+        For a wrong config, an output_dir that can't be a folder, data without a usable sample, checkpoints of another
+        run, predictors that do not fit, several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("relevance fit runs in one process; start it without torchrun")
     config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
+    make_output_dir(output)
     checkpoint = latest_checkpoint(config, say) if config.way == "regression" else None
     trained = run_training(config.train_config(), progress=say) if config.way == "end_to_end" else None
     model, tokenizer = load_model(
