@@ -96,6 +96,11 @@ def test_defaults_for_task_and_limit(tmp_path):
             "line 2: field 'answer' must be a text or a list of at least one, not",
         ),
         ({**ROW, "question": ""}, "line 2: field 'question' is empty"),
+        ({**ROW, "context": "a \ud83d b"}, "line 2: field 'context' is not valid text"),
+        ({**ROW, "question": "\ud800?"}, "line 2: field 'question' is not valid text"),
+        ({**ROW, "answer_prefix": "\ud800"}, "line 2: field 'answer_prefix' is not valid text"),
+        ({**ROW, "task": "\ud800"}, "line 2: field 'task' is not valid text"),
+        ({**ROW, "answer": ["Rome", "\ud800"]}, "line 2: field 'answer' is not valid text"),
         ({**ROW, "answer": None}, "line 2: field 'answer' is missing"),
         (
             {**ROW, "max_new_tokens": 0},

@@ -61,3 +61,12 @@ def test_mistakes_of_generate_are_told_by_its_options(
         assert sparsekv(*arguments, *options.split()) == 2
         told = one_line_error(capsys)
         assert expected in told and not [key for key in keys if key in told]
+
+
+def test_a_question_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The miller sold nine sacks of rye.")
+    assert (
+        sparsekv("generate", "--file", str(file), "--question", "caf\udce9?") == 2
+    )  # as sys.argv holds latin-1
+    assert "--question is not valid UTF-8 text" in one_line_error(capsys)

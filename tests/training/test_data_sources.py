@@ -99,6 +99,17 @@ def test_no_usable_document_says_why(folder: Path, toy_tokenizer: Any) -> None:
         make_dataset(DataConfig(kind="qa"), toy_tokenizer)
 
 
+def test_half_a_surrogate_pair_is_left_out(tmp_path: Path, toy_tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "a \\ud83d b"}\n')
+    assert found(path=str(path)) == ["one"]
+    row = {"context": "a", "question": "b", "answer": "c", "answer_prefix": ""}
+    for field in row:
+        path.write_text(json.dumps(row | {field: "x \ud800"}))
+        with pytest.raises(ConfigError, match=f"1 x field '{field}' is not (valid )?text"):
+            make_dataset(DataConfig(kind="qa", path=str(path)), toy_tokenizer)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A Hub with one data set, owner/endless, that never ends; the list holds what was asked for."""

@@ -30,6 +30,18 @@ def words(name: str) -> list[str]:
     return packaged(f"{name}.txt").split()
 
 
+NOT_TEXT = "is not valid text (half of a surrogate pair)"
+
+
+def is_text(text: str) -> bool:
+    """False for what UTF-8, and so a tokenizer, can't take: JSON, and arguments in other encodings, may hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: str | Path, field: str) -> str:
     """The text of a user's UTF-8 file.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.benchmarks.base import BENCHMARKS, Example, example_id
-from sparsekv.benchmarks.data import read_text
+from sparsekv.benchmarks.data import NOT_TEXT, is_text, read_text
 from sparsekv.benchmarks.scoring import METRICS
 from sparsekv.benchmarks.spec import BenchmarkConfig
 from sparsekv.errors import ConfigError
@@ -120,6 +120,8 @@ def _text(row: dict[str, Any], field: str, where: str, default: str | None = Non
         )
     if not isinstance(value, str):
         raise ConfigError(f"{where}: field '{field}' must be text, not {type(value).__name__}")
+    if not is_text(value):
+        raise ConfigError(f"{where}: field '{field}' {NOT_TEXT}")
     if field in ("context", "question") and not value.strip():
         raise ConfigError(f"{where}: field '{field}' is empty")
     return value
@@ -139,6 +141,8 @@ def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
             )
         if not str(answer).strip():  # which every text contains: each answer would be right
             raise ConfigError(f"{where}: field 'answer' is empty")
+        if not is_text(str(answer)):
+            raise ConfigError(f"{where}: field 'answer' {NOT_TEXT}")
     return tuple(str(answer) for answer in answers)
 
 

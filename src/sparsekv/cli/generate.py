@@ -60,8 +60,10 @@ def generate(
     if not question.strip():
         raise ConfigError("--question is empty")
 
-    from sparsekv.benchmarks.data import read_text
+    from sparsekv.benchmarks.data import is_text, read_text
 
+    if not is_text(question):
+        raise ConfigError("--question is not valid UTF-8 text")
     text = read_text(file, "--file")
 
     from sparsekv.cli.quiet import quieten

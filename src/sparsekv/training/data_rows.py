@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparsekv.benchmarks.chat import split_template
+from sparsekv.benchmarks.data import NOT_TEXT, is_text
 from sparsekv.training.data_layout import IGNORED, Layout, Sample, Turn
 from sparsekv.training.data_sources import Refusals, Row
 from sparsekv.training.data_spec import DataConfig
@@ -78,8 +79,11 @@ def qa_sample(row: Row, layout: Layout, seq_len: int, index: int, refused: Refus
         if not isinstance(value, str) or not value.strip():
             refused.add(f"field '{field}' is missing, blank or not text (the row has: {', '.join(row)})")
             return None
+        if not is_text(value):
+            refused.add(f"field '{field}' {NOT_TEXT}")
+            return None
     prefix = row.get("answer_prefix") or ""
-    if not isinstance(prefix, str):
+    if not isinstance(prefix, str) or not is_text(prefix):
         refused.add("field 'answer_prefix' is not text")
         return None
     if prefix and not prefix[-1].isspace() and not str(answer)[0].isspace():

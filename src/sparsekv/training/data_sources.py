@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparsekv.benchmarks.data import packaged, read_text
+from sparsekv.benchmarks.data import NOT_TEXT, is_text, packaged, read_text
 from sparsekv.errors import ConfigError
 from sparsekv.training.data_spec import TRAIN_BOOK, DataConfig
 from sparsekv.training.data_wikitext import wikitext_as_written
@@ -66,7 +66,9 @@ def _documents(config: DataConfig, refused: Refusals) -> Iterator[str]:
                 continue
             for row in rows:
                 text = row.get(config.text_field)
-                if isinstance(text, str) and text.strip():
+                if isinstance(text, str) and not is_text(text):
+                    refused.add(f"field '{config.text_field}' {NOT_TEXT}")
+                elif isinstance(text, str) and text.strip():
                     yield text
                 elif text is None:
                     fields = ", ".join(map(str, row)) or "none"
