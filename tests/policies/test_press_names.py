@@ -235,6 +235,14 @@ def test_the_table_needs_neither_torch_nor_kvpress() -> None:
         ("adakv(snapkv)", {"alpha_safeguard": 2.0}, r"alpha_safeguard should be in \[0, 1\]"),
         ("composed(adakv(snapkv), think)", {}, "ComposedPress cannot contains AdaKVPress"),
         ("prefill_decoding(snapkv)", {}, r"takes 2 inner method\(s\), got 1"),
+        ("snapkv", {"window_size": "a"}, "method snapkv: window_size must be a whole number >= 0, got 'a'"),
+        ("adakv(snapkv)", {"window_size": -3}, "window_size must be a whole number >= 0, got -3"),
+        ("cam_tova", {"target_size": 2.5}, "target_size must be a whole number >= 0, got 2.5"),
+        ("adakv_snapkv", {"alpha_safeguard": "0.2"}, "alpha_safeguard must be a number, got '0.2'"),
+        ("lagkv", {"cross_scoring": "no"}, "cross_scoring must be true or false, got 'no'"),
+        ("kvcompose", {"agg_task": 3}, "agg_task must be a text, got 3"),
+        ("compactor", {"blending": "x"}, "blending must be a number, got 'x'"),
+        ("cur", {"leverage_type": "kv_mean"}, "unknown leverage_type of method cur 'kv_mean'"),
         ("snapkv", {"seed": 0.5}, "seed must be a whole number"),
     ],
 )
@@ -254,6 +262,48 @@ def test_kvpress_refusals_are_config_errors(tiny_model: Any) -> None:
     for name in ("snapkv", "adakv_snapkv", "chunkkv"):
         with pytest.raises(ConfigError, match=f"method {name}: Query length 40 should be greater than"):
             make_policy(name).keep_layer(ctx, Budget(0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("snapkv", {"kernel_size": 4, "window_size": 8}, "method snapkv with window_size=8, kernel_size=4: "),
+        ("adakv(snapkv)", {"window_size": 8, "kernel_size": 0}, "with window_size=8, kernel_size=0: "),
+        ("chunkkv(knorm)", {"chunk_length": 0}, r"method chunkkv\(knorm\) with chunk_length=0: "),
+        ("streaming_llm", {"n_sink": 99}, "with n_sink=99: Input should contain more tokens"),
+        ("lagkv", {"lag_size": 0}, "method lagkv with lag_size=0: "),
+    ],
+)
+def test_arguments_that_a_press_fails_on_are_named(
+    tiny_model: Any, name: str, args: dict[str, Any], told: str
+) -> None:
+    ctx = layer_contexts(tiny_model("llama"), token_ids(40))[0]
+    with pytest.raises(ConfigError, match=told) as caught:
+        make_policy(name, **args).keep_layer(ctx, Budget(0.5))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        KeyError("a bug"),
+    ],
+)
+def test_errors_of_the_machine_are_not_blamed_on_a_press(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def score(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(kvpress.KnormPress, "score", score)
+    ctx = layer_contexts(tiny_model("llama"), token_ids(40))[0]
+    with pytest.raises(type(error)) as caught:
+        make_policy("knorm").keep_layer(ctx, Budget(0.5))
+    assert caught.value is error
 
 
 # ---- downloads -----------------------------------------------------------------------------------

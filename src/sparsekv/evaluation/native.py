@@ -80,15 +80,16 @@ def _run(
 ) -> tuple[str, list[int], DynamicCache]:
     from kvpress.pipeline import KVPressTextGenerationPipeline
 
+    from sparsekv.policies.press_routes import refusing
+
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     recorder = _DecodeRecorder(tokenizer)
     pipeline.tokenizer = recorder
     cache = DynamicCache()
     inputs = {"context_ids": prompt.context_ids, "questions_ids": [prompt.question_ids]}
-    with torch.no_grad():
-        (text,) = pipeline._forward(
-            inputs, max_new_tokens=max_new_tokens, press=policy.press(budget), cache=cache
-        )
+    press = policy.press(budget)
+    with torch.no_grad(), refusing(press, policy.name):
+        (text,) = pipeline._forward(inputs, max_new_tokens=max_new_tokens, press=press, cache=cache)
     return text, recorder.token_ids, cache
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,6 +159,18 @@ def exact_ratio(budget: Budget, n: int, *, counts_evicted: bool = False) -> floa
     if budget.tokens >= n:
         return 0.0
     return (n - budget.tokens + (_NUDGE if counts_evicted else -_NUDGE)) / n
+
+
+def given_arguments(press: BasePress) -> dict[str, Any]:
+    """Numbers, switches and texts that a press, or one inside it, was given and that aren't the defaults."""
+    given: dict[str, Any] = {}
+    for part in nested(press):
+        for name, parameter in inspect.signature(type(part)).parameters.items():
+            value = getattr(part, name, parameter.default)
+            if isinstance(value, (int, float, str)) and value != parameter.default:
+                given.setdefault(name, value)
+    given.pop("compression_ratio", None)  # the budget's
+    return given
 
 
 def draws(press: BasePress) -> bool:

@@ -36,7 +36,7 @@ from sparsekv.policies.press_copies import (
     own_sizes,
     with_ratio,
 )
-from sparsekv.policies.press_routes import REFUSALS, decided_ratio, keeps_all, reason, unmasked
+from sparsekv.policies.press_routes import decided_ratio, keeps_all, reason, refusing, unmasked
 from sparsekv.policies.press_rows import kept_rows
 
 if TYPE_CHECKING:
@@ -106,18 +106,17 @@ class PressModel(ModelPolicy):
         for module in modules:
             module.masked_key_indices = None  # type: ignore[assignment]
         try:
-            with torch.no_grad(), lend_tokenizer(tokenizer), clear_download_error(press, plain, self.name):
+            with (
+                torch.no_grad(),
+                lend_tokenizer(tokenizer),
+                refusing(press, self.name),
+                clear_download_error(press, plain, self.name),
+            ):
                 if not downloads(press) and tokenizer is None and isinstance(press, KVzipPress):
                     _need_tokenizer(plain, self.name)
                 with press(plain):
                     architecture.text_model(plain)(input_ids=input_ids, past_key_values=cache, use_cache=True)
             kept = [self._kept(module, layer, cache) for layer, module in enumerate(modules)]
-        except REFUSALS as error:
-            raise (
-                error
-                if isinstance(error, ConfigError)
-                else ConfigError(f"method {self.name}: {reason(error)}")
-            ) from error
         finally:
             for module in modules:
                 module.masked_key_indices = None  # type: ignore[assignment]

@@ -9,6 +9,8 @@ Every row of a batch is handed to the press alone: several presses decide for ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -32,12 +34,13 @@ from kvpress import (
 )
 from torch import Tensor, nn
 
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.policies.base import LayerContext, LayerPolicy, Route
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.press_copies import (
     drawing,
     exact_ratio,
+    given_arguments,
     load,
     nested,
     own_ratio,
@@ -47,8 +50,20 @@ from sparsekv.policies.press_copies import (
 )
 from sparsekv.policies.press_rows import kept_rows
 
-REFUSALS = (AssertionError, ValueError, NotImplementedError)
-"""How kvpress refuses an input (a context shorter than its window, eager attention, ...)."""
+_REFUSALS = (
+    AssertionError,
+    ValueError,
+    NotImplementedError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    IndexError,
+)
+"""How kvpress refuses an input (a context shorter than its window, eager attention, ...), and what arguments that it
+doesn't check end in."""
+
+_MACHINE = ("out of memory", "can't allocate memory", "CUDA error")
+"""In the words of a RuntimeError that no argument is to blame for."""
 
 _WHOLE_CONTEXT = (BlockPress, ChunkPress, DMSPress)
 """They index the hidden states by the keys' positions, so they need those of the whole context."""
@@ -60,6 +75,23 @@ _POSITIVE = (SnapKVPress, TOVAPress, ExpectedAttentionPress, CriticalKVPress, CU
 def reason(error: BaseException) -> str:
     """The first line of an error."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+@contextmanager
+def refusing(press: BasePress, name: str) -> Iterator[None]:
+    """Run a press inside: what it raises becomes a ConfigError that names the method and its arguments.
+
+    Errors of this package stay as they are, and so do those of the machine: no memory left, a GPU that fails.
+    """
+    try:
+        yield
+    except SparseKVError:
+        raise
+    except _REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MACHINE):
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in given_arguments(press).items())
+        raise ConfigError(f"method {name}{f' with {given}' if given else ''}: {reason(error)}") from error
 
 
 def decided_ratio(
@@ -223,12 +255,10 @@ class PressScores(_InLayer):
 
 
 def _score(press: BasePress, row: LayerContext, name: str) -> Tensor:
-    try:
+    with refusing(press, name):
         scores: Tensor = press.score(
             row.module, row.hidden_states, row.keys, row.values, None, row.hook_kwargs()
         )
-    except REFUSALS as error:
-        raise ConfigError(f"method {name}: {reason(error)}") from error
     return scores
 
 
@@ -274,14 +304,9 @@ class PressLayer(_InLayer):
         module.masked_key_indices = None
         try:
             # a copy of the keys and values: a press may write in place
-            keys, values = run_compress(press, row, row.keys.clone(), row.values.clone())
+            with refusing(press, self.name):
+                keys, values = run_compress(press, row, row.keys.clone(), row.values.clone())
             masked = module.masked_key_indices
-        except REFUSALS as error:
-            raise (
-                error
-                if isinstance(error, ConfigError)
-                else ConfigError(f"method {self.name}: {reason(error)}")
-            ) from error
         finally:
             if had:
                 module.masked_key_indices = earlier

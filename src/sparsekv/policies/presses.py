@@ -10,9 +10,11 @@ torch only when a policy is made.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from math import isfinite
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies import press_table
@@ -162,6 +164,8 @@ def _build(spec: PressSpec, args: dict[str, Any], name: str) -> BasePress:
     inner_field = row.inner if row else ""
     given = dict(spec.args)
     given.update({key: args.pop(key) for key in _parameters(cls, inner_field) if key in args})
+    for key, value in given.items():
+        _check_argument(name, key, value, inspect.signature(cls).parameters[key].annotation)
     inner = [_build(part, args, name) for part in spec.inner]
     if inner_field == "presses":
         given["presses"] = inner
@@ -173,6 +177,33 @@ def _build(spec: PressSpec, args: dict[str, Any], name: str) -> BasePress:
         told = (str(error) or "a value is not allowed").strip().splitlines()[0]
         raise ConfigError(f"method {name}: {told}") from error
     return press
+
+
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number >= 0", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+    "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str": ("a text", lambda v: isinstance(v, str)),
+}
+"""Annotation of a press's argument -> what is allowed, in words, and the test. No count of a press may be negative."""
+
+
+def _check_argument(method: str, field: str, value: Any, annotation: Any) -> None:
+    """Raise a ConfigError for a value that its annotation excludes, which kvpress itself doesn't look at."""
+    kinds = get_args(annotation) or (annotation,)
+    if get_origin(annotation) is Literal:
+        if value not in kinds:
+            raise unknown(f"{field} of method {method}", value, map(str, kinds))
+        return
+    names = [kind if isinstance(kind, str) else getattr(kind, "__name__", "") for kind in kinds]
+    allowed = [_ALLOWED[name] for name in names if name in _ALLOWED]
+    if get_origin(annotation) not in (None, Union, UnionType) or len(allowed) + ("NoneType" in names) < len(
+        names
+    ):
+        return  # a list, a tensor, another press
+    if not any(fits(value) for _, fits in allowed) and not (value is None and "NoneType" in names):
+        words = " or ".join(said for said, _ in allowed)
+        raise ConfigError(f"method {method}: {field} must be {words}, got {value!r}")
 
 
 # ---- from a press
