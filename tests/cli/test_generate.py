@@ -35,6 +35,7 @@ def test_mistakes_of_generate_are_told_by_its_options(
 ) -> None:
     text, long = tmp_path / "text.txt", tmp_path / "long.txt"
     text.write_bytes(b"\xef\xbb\xbf" + b"The miller sold nine sacks of rye. " * 8)  # with a byte order mark
+    (tmp_path / "short.txt").write_text("The miller.")
     long.write_text("The miller sold nine sacks of rye. " * 300)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     keys = (
@@ -56,6 +57,11 @@ def test_mistakes_of_generate_are_told_by_its_options(
         (long, "--ratio 0.5", "the model allows 8192; add --truncate to cut the text, or --chunk to read"),
         (long, "--method full --chunk 64", "give another --method, or --truncate without --chunk"),
         (tmp_path / "latin.txt", "--ratio 0.5", "--file: "),
+        (
+            tmp_path / "short.txt",
+            "",
+            "method 'snapkv' needs more than its window_size of 64; give another --method",
+        ),
     ):
         arguments = ["generate", "--model", str(toy_model_dir), "--file", str(file), "--question", "Who?"]
         assert sparsekv(*arguments, *options.split()) == 2

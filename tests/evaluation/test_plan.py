@@ -74,6 +74,20 @@ def test_every_row_of_a_task_is_weighed_not_only_the_first(
     assert plan(toy_eval, benchmarks=benchmarks, methods=["sink_recent"], compression_ratios=[0.5])
 
 
+def test_a_context_no_longer_than_a_methods_window_is_named(
+    toy_eval: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    row = {"question": "?", "answer": "x", "max_new_tokens": 2, "task": "a"}
+    data.write_text("".join(json.dumps(row | {"context": "x" * n}) + "\n" for n in (200, 30)))
+    short = {"benchmarks": [{"name": "local", "path": str(data)}], "methods": ["adakv_snapkv"]}
+    told = r"example local/a/0001 has (\d+) tokens, method 'adakv_snapkv' needs more than its window_size of 64; give"
+    with pytest.raises(ConfigError, match=told):
+        plan(toy_eval, **short)
+    assert plan(toy_eval, **short, compression_ratios=[0.0])  # nothing leaves, so nothing is scored
+    assert plan(toy_eval, **short | {"methods": [{"name": "adakv_snapkv", "args": {"window_size": 16}}]})
+
+
 def test_nothing_is_downloaded_or_run_for_a_method_that_does_not_exist(
     toy_eval: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

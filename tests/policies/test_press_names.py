@@ -260,7 +260,8 @@ def test_wrapper_names_alone() -> None:
 def test_kvpress_refusals_are_config_errors(tiny_model: Any) -> None:
     ctx = layer_contexts(tiny_model("llama"), token_ids(40))[0]
     for name in ("snapkv", "adakv_snapkv", "chunkkv"):
-        with pytest.raises(ConfigError, match=f"method {name}: Query length 40 should be greater than"):
+        told = f"the context has 40 tokens, method {name} needs more than its window_size of 64; give another"
+        with pytest.raises(ConfigError, match=told):
             make_policy(name).keep_layer(ctx, Budget(0.5))
 
 

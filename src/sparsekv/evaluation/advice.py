@@ -16,6 +16,7 @@ class Advice:
     full_in_chunks : against the full cache of such a context
     no_chunk : against reading in chunks
     budget : how a budget is given
+    shorter_window : against a context that is shorter than the window by which a method scores
     """
 
     example: str
@@ -24,6 +25,7 @@ class Advice:
     full_in_chunks: str
     no_chunk: str
     budget: str
+    shorter_window: str
 
 
 CONFIG = Advice(
@@ -33,6 +35,7 @@ CONFIG = Advice(
     full_in_chunks="remove it, or set truncate: true without chunk",
     no_chunk="remove chunk",
     budget="compression_ratios or budget_tokens",
+    shorter_window="give another method or a smaller window_size in its args",
 )
 OPTIONS = Advice(
     example="--file",
@@ -41,4 +44,5 @@ OPTIONS = Advice(
     full_in_chunks="give another --method, or --truncate without --chunk",
     no_chunk="leave out --chunk",
     budget="--ratio or --budget-tokens",
+    shorter_window="give another --method, such as h2o or knorm",
 )

@@ -218,7 +218,10 @@ def try_budgets(
     longest: int,
     advice: Advice = CONFIG,
 ) -> None:
-    """Run every token policy on the shortest context of every task: budgets under the sink size show here."""
+    """Run every token policy on the shortest context of every task: budgets under the sink size show here.
+
+    So do contexts that are no longer than a method's window.
+    """
     for task, rows in prompts.items():
         shortest = min(rows, key=lambda prompt: prompt.context_tokens)
         context = TokenContext.of_model(model_config, shortest.context_ids, tokenizer=tokenizer, seeds=(0,))
@@ -237,3 +240,16 @@ def try_budgets(
             policy = setting.policy()
             if isinstance(policy, TokenPolicy):
                 policy.select(context, setting.budget)
+            elif isinstance(policy, LayerPolicy):
+                _check_window(setting, policy, shortest, advice)
+
+
+def _check_window(setting: Setting, policy: LayerPolicy, shortest: Prompt, advice: Advice) -> None:
+    """Raise a ConfigError for a context that a method has to evict from and can't score."""
+    n = shortest.context_tokens
+    evicts = setting.phase != "decode" and setting.budget.given and setting.budget.n_kept(n) < n
+    if evicts and n <= policy.too_short:
+        raise ConfigError(
+            f"{advice.example.format(shortest.example.example_id)} has {n} tokens, method '{setting.method}' needs "
+            f"more than its window_size of {policy.too_short}; {advice.shorter_window}"
+        )

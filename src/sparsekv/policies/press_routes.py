@@ -77,11 +77,17 @@ def reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
+def window_size(press: BasePress) -> int:
+    """Newest tokens that a press, or one inside it, takes for those of the last entries; 0: none."""
+    return max(getattr(part, "window_size", None) or 0 for part in nested(press))
+
+
 @contextmanager
-def refusing(press: BasePress, name: str) -> Iterator[None]:
+def refusing(press: BasePress, name: str, row: LayerContext | None = None) -> Iterator[None]:
     """Run a press inside: what it raises becomes a ConfigError that names the method and its arguments.
 
-    Errors of this package stay as they are, and so do those of the machine: no memory left, a GPU that fails.
+    With `row`, what it reads, a context that is no longer than its window is told so. Errors of this package stay as
+    they are, and so do those of the machine: no memory left, a GPU that fails.
     """
     try:
         yield
@@ -90,6 +96,13 @@ def refusing(press: BasePress, name: str) -> Iterator[None]:
     except _REFUSALS as error:
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MACHINE):
             raise
+        short = row is not None and row.hidden_states.shape[1] <= window_size(press)
+        if row is not None and short and isinstance(error, AssertionError):
+            part = "the context" if row.covers_entries else "the last part of the context"
+            raise ConfigError(
+                f"{part} has {row.hidden_states.shape[1]} tokens, method {name} needs more than its window_size of "
+                f"{window_size(press)}; give another method or a smaller window_size"
+            ) from error
         given = ", ".join(f"{key}={value!r}" for key, value in given_arguments(press).items())
         raise ConfigError(f"method {name}{f' with {given}' if given else ''}: {reason(error)}") from error
 
@@ -187,7 +200,7 @@ class _InLayer(LayerPolicy):
     @property
     def window(self) -> int:  # type: ignore[override]
         """Newest tokens that the press takes for those of the last entries, to observe the others; 0: none."""
-        return max(getattr(press, "window_size", None) or 0 for press in nested(self.template))
+        return window_size(self.template)
 
     @property
     def too_short(self) -> int:  # type: ignore[override]
@@ -255,7 +268,7 @@ class PressScores(_InLayer):
 
 
 def _score(press: BasePress, row: LayerContext, name: str) -> Tensor:
-    with refusing(press, name):
+    with refusing(press, name, row):
         scores: Tensor = press.score(
             row.module, row.hidden_states, row.keys, row.values, None, row.hook_kwargs()
         )
@@ -304,7 +317,7 @@ class PressLayer(_InLayer):
         module.masked_key_indices = None
         try:
             # a copy of the keys and values: a press may write in place
-            with refusing(press, self.name):
+            with refusing(press, self.name, row):
                 keys, values = run_compress(press, row, row.keys.clone(), row.values.clone())
             masked = module.masked_key_indices
         finally:
