@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from sparsekv.evaluation.records import ResultRow
+from sparsekv.reporting.grid import Grid
 from sparsekv.reporting.markdown import cell, code
 from sparsekv.reporting.plots import scores_png
 from sparsekv.reporting.report import results_page, write_report
@@ -106,6 +107,15 @@ def test_the_markdown_table_holds_the_numbers() -> None:
     assert lines[2] == "| full | – | 0.000 | 85.0 | 80.0 | 90.0 | 2.00 | 20.0 |"
     assert lines[3] == "| snapkv | 0.50 | 0.504 | 45.0 | 30.0 | 60.0 | 1.00 | 20.0 |"
     assert lines[5] == "| knorm | 0.50 | 0.504 | 5.0 | 10.0 | 0.0 | 1.00 | – |"
+
+
+def test_labels_and_tasks_cannot_break_the_table() -> None:
+    labelled = row("snapkv", 0.5, "a|b\nc", 30.0, cell_id="mine")
+    page = to_markdown(summarize([labelled], {"mine": "x|y\nz"}))
+    assert page.splitlines()[0].startswith("| method | requested | achieved | average | a\\|b c |")
+    assert page.splitlines()[2].startswith("| x\\|y z | 0.50 |") and len(page.splitlines()) == 3
+    grid = Grid("t", ("a|b",), (("c\nd",),))
+    assert grid.markdown() == "| a\\|b |\n| --- |\n| c d |\n"
 
 
 def test_a_method_without_all_tasks_is_marked() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sparsekv.reporting.markdown import markdown_row
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,8 +36,7 @@ class Grid:
     def markdown(self) -> str:
         """A GitHub table, without the title."""
         marks = ["---" if index < self.left else "---:" for index in range(len(self.header))]
-        lines = [self.header, marks, *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return "".join(markdown_row(line) for line in (self.header, marks, *self.rows))
 
     def rich(self, width: int) -> Table:
         """A table for a terminal `width` characters wide."""
