@@ -84,3 +84,5 @@ def test_devices_that_are_not_there(monkeypatch):
         resolve_device("cuda:2")
     with pytest.raises(ConfigError, match=r"unknown device 'gpu' .*allowed: auto, cpu, cuda, cuda:N, mps"):
         resolve_device("gpu")
+    with pytest.raises(ConfigError, match="unknown device 'meta'"):  # torch has it, but it holds no numbers
+        resolve_device("meta")

@@ -184,6 +184,7 @@ def test_round_trip_through_json(changes: dict[str, Any]) -> None:
         ),
         ({"objective": {"name": "eit", "temperature": 0}}, "objective.temperature: .*greater than 0, got 0"),
         ({"objective": {"name": "eit", "lambda_kl": -1}}, "objective.lambda_kl"),
+        ({"seed": 10**20}, "seed: .*less than or equal to 4294967295, got 1"),
         ({"steps": 0}, "steps: .*greater than or equal to 1, got 0"),
         ({"warmup": 100}, "warmup must be less than steps 100"),
         ({"warmup": 2.5}, "warmup must be whole steps"),

@@ -22,6 +22,9 @@ _DTYPES = {
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto" is the first CUDA GPU, else Apple's GPU, else the CPU; anything else is a torch device string.
 
@@ -37,7 +40,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise unknown("device", device, ("auto", "cpu", "cuda", "cuda:N", "mps")) from error
+        raise unknown("device", device, DEVICES) from error
+    if chosen.type == "meta":  # a device of torch that holds no numbers
+        raise unknown("device", device, DEVICES)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {str(device)!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs"

@@ -20,6 +20,7 @@ from sparsekv.training.config_parts import (
     Press,
     PressConfig,
     RelevanceOptions,
+    Seed,
     TrainMethodConfig,
     TrainModel,
     protected_tokens,
@@ -86,7 +87,7 @@ class TrainConfig(Strict):
     bf16: bool = False
     device: str = "auto"
     trust_remote_code: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     output_dir: str = Field(default="output/train", min_length=1)
     data: DataConfig
     eval_data: DataConfig | None = None

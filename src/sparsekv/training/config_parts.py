@@ -21,6 +21,8 @@ FEATURES = ("hidden", "attention", "handcrafted")
 
 TrainModel = Literal["lora", "full", "frozen"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What numpy's global generator takes, which transformers seeds too."""
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _BUDGETS = (*names_of("compression_ratio"), "tokens")

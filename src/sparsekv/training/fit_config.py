@@ -18,6 +18,7 @@ from sparsekv.training.config_parts import (
     Objective,
     ObjectiveConfig,
     Positive,
+    Seed,
 )
 from sparsekv.training.data_spec import DataConfig
 
@@ -144,7 +145,7 @@ class FitConfig(Strict):
     dtype: DType = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     output_dir: str = Field(default="output/relevance", min_length=1)
     way: Literal["regression", "end_to_end"] = "regression"
     start_from: str | None = None
