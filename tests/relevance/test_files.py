@@ -50,6 +50,15 @@ def test_a_round_trip(trained, tmp_path):
         assert all(torch.equal(value, gates(fresh)[name]) for name, value in gates(trained).items())
 
 
+def test_the_folder_is_made(trained, tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert save_relevance(trained, folder).parent == folder
+    assert [path.name for path in folder.iterdir()] == ["relevance.safetensors"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"folder '.*/file/sub' cannot be made"):
+        save_relevance(trained, tmp_path / "file" / "sub")
+
+
 def test_predictors_of_the_same_shape_are_filled_in_place(trained, tmp_path):
     save_relevance(trained, tmp_path)
     model = attach_relevance(tiny_model("llama"), RelevanceConfig(width=5, bias=1.0))

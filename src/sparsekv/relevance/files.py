@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,13 @@ from sparsekv.relevance.predictor import (
 def save_relevance(model: Any, folder: str | Path) -> Path:
     """Write `folder/relevance.safetensors` (to a temporary name, then renamed) and return its path.
 
-    The metadata say the predictors' config, how to serve them and the shape of the model they belong to.
+    The folder and its parents are made. The metadata say the predictors' config, how to serve them and the shape of the
+    model they belong to.
+
+    Raises
+    ------
+    ConfigError
+        If the folder can't be made, for example because it is a file.
     """
     from safetensors.torch import save_file
 
@@ -45,6 +52,12 @@ def save_relevance(model: Any, folder: str | Path) -> Path:
         "model": json.dumps(_shape(model)),
     }
     target = Path(folder) / RELEVANCE_FILE
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"folder '{folder}' cannot be made: {error.strerror}") from error
     temporary = target.with_name(target.name + ".tmp")
     save_file(tensors, temporary, metadata=metadata)
     temporary.replace(target)
