@@ -7,35 +7,52 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 from sparsekv.errors import ConfigError
 
 
-def make_output_dir(path: Path) -> None:
-    """Make a run's output folder, and its parents, before anything slow is loaded.
+def check_output_dir(path: Path) -> None:
+    """Raise unless a run's output folder can be made and written, before anything slow is loaded; leaves no trace.
 
     Raises
     ------
     ConfigError
-        If the path, or what it lies in, is a file, or can't be made or written. A full disk stays an `OSError`.
+        If the path, or what it lies in, is a file, or can't be written. A full disk stays an `OSError`.
     """
     try:
-        check_no_file(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        # A folder of another name tells what permissions don't (/proc), and several processes may try at once.
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=existing_part(path)):
+            pass
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConfigError(f"output_dir '{path}' cannot be written: {error.strerror}") from None
 
 
-def check_no_file(path: Path) -> None:
-    """Raise a ConfigError if an output folder, or what it lies in, is a file."""
-    nearest = next((p for p in (path, *path.parents) if p.exists()), None)
-    if nearest is not None and not nearest.is_dir():
+def existing_part(path: Path) -> Path:
+    """An output folder, or the nearest folder above it that exists.
+
+    Raises
+    ------
+    ConfigError
+        If that is a file.
+    OSError
+        If the path can't be looked up, for example because a name in it is too long.
+    """
+    nearest = next(p for p in (path, *path.parents, Path()) if _exists(p))
+    if not nearest.is_dir():
         raise ConfigError(f"output_dir '{path}': '{nearest}' is a file; give a folder")
+    return nearest
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.records import SCHEMA_VERSION, JsonLines
-from sparsekv.files import check_no_file, make_output_dir, write_atomically
+from sparsekv.files import existing_part, write_atomically
 
 LOCK_NAME = ".lock"
 RUN_NAME = "run.json"
@@ -41,7 +41,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         try:
             check_usable(self.path)
-            make_output_dir(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(f"output_dir '{self.path}': another process is writing to it") from None
@@ -92,7 +92,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def check_usable(path: Path) -> None:
     """Raise a ConfigError unless the path can become, or already is, a run's folder."""
-    check_no_file(path)
+    existing_part(path)
     if not path.is_dir() or (path / RUN_NAME).exists():
         return
     foreign = [p.name for p in path.iterdir() if p.name != LOCK_NAME and not p.name.endswith(".tmp")]

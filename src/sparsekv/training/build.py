@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.files import make_output_dir
+from sparsekv.files import check_output_dir
 from sparsekv.models import load_model
 from sparsekv.models.load import add_adapter
 from sparsekv.models.locate import ADAPTER_CONFIG, check_adapter_folder
@@ -121,7 +121,7 @@ def run_training(
     """
     config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
-    make_output_dir(output)
+    check_output_dir(output)
     latest = latest_whole(output)
     if not config.resume and list_checkpoints(output):
         raise ConfigError(
@@ -136,6 +136,7 @@ def run_training(
     main = trainer.is_world_process_zero()
     log = MetricsLog(output / METRICS_FILE)
     if main:
+        output.mkdir(parents=True, exist_ok=True)
         # A run that starts anew also forgets the rows before the first step.
         log.start(-1 if latest.path is None else step_of(latest.path))
         trainer.add_callback(_ToFile(log))

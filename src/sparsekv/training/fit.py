@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsekv.errors import ConfigError
-from sparsekv.files import make_output_dir
+from sparsekv.files import check_output_dir
 from sparsekv.models import load_model
 from sparsekv.relevance.files import save_relevance
 from sparsekv.relevance.predictor import RelevanceConfig
@@ -50,7 +50,7 @@ def run_fit(
         raise ConfigError("relevance fit runs in one process; start it without torchrun")
     config = with_dtype(config)
     output = Path(config.output_dir).expanduser()
-    make_output_dir(output)
+    check_output_dir(output)
     checkpoint = latest_checkpoint(config, say) if config.way == "regression" else None
     trained = run_training(config.train_config(), progress=say) if config.way == "end_to_end" else None
     model, tokenizer = load_model(
