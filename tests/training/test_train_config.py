@@ -15,7 +15,7 @@ import pytest
 from sparsekv.config import parse_config
 from sparsekv.errors import ConfigError
 from sparsekv.training.config import TrainConfig, load_train_config
-from sparsekv.training.config_parts import RelevanceOptions
+from sparsekv.training.config_parts import OBJECTIVES, RelevanceOptions
 from sparsekv.training.curricula import AdaptiveCurriculum, LinearCurriculum
 from sparsekv.training.eit import EITConfig
 
@@ -173,6 +173,11 @@ def test_round_trip_through_json(changes: dict[str, Any]) -> None:
         ({"objective": "mixed"}, "objective 'mixed' with no weights"),
         ({"objective": {"name": "eit", "weights": {"eit": 1}}}, "weights belong to objective mixed"),
         ({"objective": {"name": "mixed", "weights": {"eit": 0}}}, "all weights are 0"),
+        (
+            {"objective": {"name": "eitt", "lambda_kl": 0.5}},
+            r"unknown objective 'eitt' \(did you mean 'eit'\?\)",
+        ),
+        ({"objective": {"name": "mixt", "weights": {"eit": 1}}}, "unknown objective 'mixt'"),
         ({"objective": {"name": "standard_lm", "lambda_kl": 0.5}}, "lambda_kl 0.5 belongs to objective eit"),
         (
             {"objective": {"name": "mixed", "weights": {"eit": 1}, "args": {"span": 9}}},
@@ -200,6 +205,12 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         config(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_the_known_objectives_are_the_registered_ones() -> None:
+    from sparsekv.training import objectives
+
+    assert set(OBJECTIVES) == set(objectives.OBJECTIVES.names())
 
 
 def test_objectives_get_their_arguments() -> None:

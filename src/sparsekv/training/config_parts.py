@@ -1,7 +1,7 @@
 """The parts of a training config: what is dropped, what is trained, what is minimised. Imports no torch.
 
-Names of presses, methods and objectives are looked up where these are made (`training.trainer`): their registries know
-them, and name the nearest one for a wrong name.
+Names of presses and methods are looked up where these are made (`training.build`): their registries know them, and name
+the nearest one for a wrong name.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class TrainMethodConfig(_Dropping):
     budget_scope: Literal["head", "layer"] = "head"
 
 
+OBJECTIVES = ("standard_lm", "sparse_lm", "reconstruction", "eit", "mixed")
+"""The objectives of this package (`training.objectives.OBJECTIVES`, which can't be imported without torch)."""
+
 _OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
 """Which of ObjectiveConfig's own keys an objective takes."""
 
@@ -130,6 +133,12 @@ class ObjectiveConfig(Strict):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> ObjectiveConfig:
+        parts = list(self.weights) or [self.name]
+        for name in (
+            self.name,
+            *parts,
+        ):  # first: what belongs to a misspelled name would be the wrong complaint
+            _check_objective(name)
         if (self.name == "mixed") != bool(self.weights):
             given = "no weights" if self.name == "mixed" else f"weights {self.weights}"
             raise ValueError(f"objective '{self.name}' with {given}; weights belong to objective mixed alone")
@@ -137,7 +146,6 @@ class ObjectiveConfig(Strict):
             raise ValueError("all weights are 0; give at least one that is more")
         if "mixed" in self.weights:
             raise ValueError("objective mixed cannot be a part of itself")
-        parts = list(self.weights) or [self.name]
         for owner, keys in _OWN_ARGS.items():
             for key in keys:
                 if owner not in parts and getattr(self, key) != type(self).model_fields[key].default:
@@ -168,6 +176,14 @@ class ObjectiveConfig(Strict):
 
     def _own(self, name: str) -> dict[str, Any]:
         return {key: getattr(self, key) for key in _OWN_ARGS.get(name, ())}
+
+
+def _check_objective(name: str) -> None:
+    """Raise a ConfigError for an objective that neither this package nor a user has registered."""
+    if name not in OBJECTIVES:
+        from sparsekv.training.objectives import OBJECTIVES as REGISTERED
+
+        REGISTERED.get(name)
 
 
 class CurriculumConfig(Named):
