@@ -74,7 +74,7 @@ def test_the_packaged_book_is_the_half_no_benchmark_reads() -> None:
     ("path", "message"),
     [
         ("nowhere.txt", "no such file: nowhere.txt"),
-        ("book_trian", "no such file: book_trian; allowed: 'book_train'"),
+        ("book_trian", r"no such file: book_trian \(did you mean 'book_train'\?\); allowed: 'book_train'"),
         ("a/b/c", "no such file"),
         ("{}/ignored.csv", "ends in '.csv'; allowed for kind 'text': .txt, .jsonl"),
         ("{}/empty", "holds no file that ends in .txt or .jsonl"),
@@ -108,6 +108,27 @@ def test_half_a_surrogate_pair_is_left_out(tmp_path: Path, toy_tokenizer: Any) -
         path.write_text(json.dumps(row | {field: "x \ud800"}))
         with pytest.raises(ConfigError, match=f"1 x field '{field}' is not (valid )?text"):
             make_dataset(DataConfig(kind="qa", path=str(path)), toy_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["text", "qa", "selfsup"])
+def test_rows_that_are_left_out_are_told_once(
+    tmp_path: Path, toy_tokenizer: Any, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    text = "The old tower stood by the sea. Nobody had climbed it for a hundred years, but one did. " * 20
+    row = {"text": text, "context": "The tower is old.", "question": "What is old?", "answer": "The tower."}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + '\n{"text": "abc"\n[1]\n{"te\n')
+    config = DataConfig(kind=kind, path=str(path), seq_len=512, context_tokens=128)  # type: ignore[arg-type]
+    make_dataset(config, toy_tokenizer)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{path}: 3 rows are left out: 2 x the line is not JSON (first: {path} line 2); "
+        f"1 x the row is not an object with fields (first: {path} line 3)"
+    )
+    caplog.clear()
+    path.write_text(json.dumps(row))
+    make_dataset(config, toy_tokenizer)
+    assert not caplog.records
 
 
 @pytest.fixture

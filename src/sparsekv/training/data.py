@@ -59,6 +59,7 @@ class TextDataset(SampleDataset):
                 self._ends.append((self._ends[-1] if self._ends else 0) + len(self._format.pieces(len(ids))))
         if not self._ends:
             raise refused.error(config)
+        refused.warn(config)
         self._length = min(self._ends[-1], config.n_samples or self._ends[-1])
 
     def __len__(self) -> int:
@@ -81,6 +82,7 @@ class QaDataset(SampleDataset):
         self._samples = list(islice(samples, config.n_samples))
         if not self._samples:
             raise refused.error(config)
+        refused.warn(config)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -95,6 +97,7 @@ def all_documents(config: DataConfig) -> list[str]:
     texts = list(documents(config, refused))
     if not texts:
         raise refused.error(config)
+    refused.warn(config)
     return texts
 
 
@@ -173,7 +176,7 @@ class StreamedDataset(IterableDataset[Sample]):
     """
 
     def __init__(self, samples: Callable[[Refusals], Iterator[Sample]], config: DataConfig) -> None:
-        self._samples, self._config = samples, config
+        self._samples, self._config, self._warned = samples, config, False
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -185,6 +188,9 @@ class StreamedDataset(IterableDataset[Sample]):
                 yield sample
         if empty:
             raise refused.error(self._config)
+        if mine == 0 and not self._warned:
+            self._warned = True
+            refused.warn(self._config)
 
 
 def _streamed_text(layout: Layout, config: DataConfig, refused: Refusals) -> Iterator[Sample]:

@@ -1,12 +1,13 @@
 """Where training data comes from: files, folders, the packaged book, data sets on the Hub. Knows no tokenizer.
 
-A row that cannot be used is left out and its reason counted; only if nothing is left is it an error, which
-says why.
+A row that cannot be used is left out and its reason counted: a warning says so when all are read, and an error if
+nothing is left.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.benchmarks.data import NOT_TEXT, is_text, packaged, read_text
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, nearest
 from sparsekv.training.data_spec import TRAIN_BOOK, DataConfig
 from sparsekv.training.data_wikitext import wikitext_as_written
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -31,16 +34,31 @@ class Refusals:
 
     def __init__(self) -> None:
         self._reasons: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
 
-    def add(self, reason: str) -> None:
-        """One more row with this reason."""
+    def add(self, reason: str, where: str = "") -> None:
+        """One more row with this reason; `where` it is, if known."""
         self._reasons[reason] += 1
+        self._first.setdefault(reason, where)
+
+    def warn(self, config: DataConfig) -> None:
+        """Say how many rows were left out, if any, and why."""
+        total = self._reasons.total()
+        if total:
+            where, rows = ", ".join(config.path), "row is" if total == 1 else "rows are"
+            logger.warning("%s: %d %s left out: %s", where, total, rows, self._counted())
+
+    def _counted(self) -> str:
+        """The most common reasons, with their counts and where each came first."""
+        return "; ".join(
+            f"{count} x {reason}" + (f" (first: {self._first[reason]})" if self._first[reason] else "")
+            for reason, count in self._reasons.most_common(5)
+        )
 
     def error(self, config: DataConfig) -> ConfigError:
         """The error if no row was usable."""
-        counted = [f"{count} x {reason}" for reason, count in self._reasons.most_common(5)]
         where = ", ".join(config.path)
-        return ConfigError(f"path: no usable row in {where}: {'; '.join(counted) or 'there are no rows'}")
+        return ConfigError(f"path: no usable row in {where}: {self._counted() or 'there are no rows'}")
 
 
 def documents(config: DataConfig, refused: Refusals) -> Iterator[str]:
@@ -106,8 +124,9 @@ def _opened(
             )
         files = [place]
     elif place.suffix in (".txt", ".jsonl", ".parquet", ".json", ".csv") or not _HUB_ID.fullmatch(path):
+        hint = f" (did you mean '{TRAIN_BOOK}'?)" if nearest(path, [TRAIN_BOOK]) else ""
         raise ConfigError(
-            f"path: no such file: {path}; allowed: '{TRAIN_BOOK}', a file, a folder, the id of a data set "
+            f"path: no such file: {path}{hint}; allowed: '{TRAIN_BOOK}', a file, a folder, the id of a data set "
             "(owner/name)"
         )
     else:
@@ -125,18 +144,18 @@ def _opened(
 def _jsonl_rows(path: Path, refused: Refusals) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
-                    refused.add("the line is not JSON")
+                    refused.add("the line is not JSON", f"{path} line {number}")
                     continue
                 if isinstance(row, dict):
                     yield row
                 else:
-                    refused.add("the row is not an object with fields")
+                    refused.add("the row is not an object with fields", f"{path} line {number}")
     except UnicodeDecodeError as error:
         raise ConfigError(f"path: {path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
