@@ -349,3 +349,12 @@ def test_ls_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY False" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("relevance",)])
+def test_a_command_group_alone_prints_its_help(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert sparsekv(*arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(" ".join(["Usage: sparsekv", *arguments])) and "Commands:" in told

@@ -126,15 +126,18 @@ def call(command: Callable[..., Any], name: str, arguments: list[str] | None = N
     except typer.Abort:
         return STOPPED
     except Exception as error:
-        # typer brings its own copy of click or uses the installed one, depending on its version.
-        if not _is_usage_error(error):
+        if not _is_a(error, "ClickException"):
             raise
+        if _is_a(error, "NoArgsIsHelpError"):  # no mistake that a line could name: its message is the help
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            return USAGE
         return _fail(error.format_message())  # type: ignore[attr-defined]
     return code if isinstance(code, int) else 0
 
 
-def _is_usage_error(error: Exception) -> bool:
-    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+def _is_a(error: Exception, name: str) -> bool:
+    """By name: typer brings its own copy of click or uses the installed one, depending on its version."""
+    return any(kind.__name__ == name for kind in type(error).__mro__)
 
 
 def _fail(message: str) -> int:
