@@ -74,6 +74,15 @@ def test_every_row_of_a_task_is_weighed_not_only_the_first(
     assert plan(toy_eval, benchmarks=benchmarks, methods=["sink_recent"], compression_ratios=[0.5])
 
 
+def test_an_adapter_on_an_adapter_is_refused(toy_eval: Callable[..., Any], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / name / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"is a LoRA adapter itself; adapter .* cannot be added"):
+        plan(toy_eval, model=str(tmp_path / "one"), adapter=str(tmp_path / "two"))
+
+
 def test_a_context_no_longer_than_a_methods_window_is_named(
     toy_eval: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -106,6 +115,27 @@ def test_nothing_is_downloaded_or_run_for_a_method_that_does_not_exist(
         ({"methods": ["adakv_snapkv"], "budget_scope": "model"}, "head or layer, got model"),
         ({"methods": ["knorm"], "budget_scope": "model", "chunk": 64}, "whole context at once"),
         ({"methods": ["decoding_knorm"], "phase": "both"}, "use phase: decode or prefill, not both"),
+        (
+            {"methods": ["simlayerkv"]},
+            "simlayerkv takes no compression ratio or budget; its argument lazy_threshold",
+        ),
+        (
+            {"methods": ["duo_attention"]},
+            "duo_attention takes no compression ratio or budget; its argument head_",
+        ),
+        (
+            {"methods": [{"name": "dynamic_anchors", "args": {"method": "snapvk"}}]},
+            "unknown method 'snapvk' .did you",
+        ),
+        (
+            {"methods": [{"name": "dynamic_anchors", "args": {"method": "random"}}]},
+            "method 'random' has no scores",
+        ),
+        (
+            {"methods": [{"name": "dynamic_anchors", "args": {"method": ["knorm"]}}]},
+            "must be the name of a method",
+        ),
+        ({"device": "gpu"}, "unknown device 'gpu'.*allowed: auto, cpu"),
         ({"methods": ["merging_knorm"], "phase": "decode"}, "can't evict while decoding; use phase: prefill"),
         ({"methods": ["knorm", {"name": "tova", "label": "knorm"}]}, "label 'knorm' stands for two methods"),
     ],

@@ -18,6 +18,7 @@ from sparsekv.evaluation.prompts import Prompt, assemble
 from sparsekv.models import load_tokenizer
 from sparsekv.models.load import load_config
 from sparsekv.models.locate import check_adapter_folder, locate_model
+from sparsekv.models.placement import named_device
 from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, Policy, TokenContext, TokenPolicy
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.relevance import RELEVANCE_FILE
@@ -65,8 +66,11 @@ def make_plan(config: EvalConfig, prompts: dict[Task, list[Prompt]] | None = Non
     """
     chosen = settings(config)
     check_combinations(chosen)
+    if config.device != "auto":
+        named_device(config.device)
     if config.adapter is not None:
         check_adapter_folder(config.adapter)
+        locate_model(config.model, config.adapter)
     check_predictors(config, chosen)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
@@ -181,6 +185,7 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                 raise ConfigError(f"{what} needs the whole context at once: no chunk, phase prefill")
         if setting.tier is not None:
             _check_tier(setting, policy, advice)
+        policy.check_budget(setting.budget)
         if isinstance(policy, NativePolicy):
             policy.press(setting.budget)
         elif (

@@ -25,6 +25,19 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 
 
+def named_device(device: str | torch.device) -> torch.device:
+    """The device of that name, whether this machine has it or not; a ConfigError if there is none."""
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise unknown("device", device, DEVICES) from error
+    if chosen.type == "meta":  # a device of torch that holds no numbers
+        raise unknown("device", device, DEVICES)
+    return chosen
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto" is the first CUDA GPU, else Apple's GPU, else the CPU; anything else is a torch device string.
 
@@ -37,12 +50,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise unknown("device", device, DEVICES) from error
-    if chosen.type == "meta":  # a device of torch that holds no numbers
-        raise unknown("device", device, DEVICES)
+    chosen = named_device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {str(device)!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs"

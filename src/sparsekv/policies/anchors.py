@@ -285,7 +285,7 @@ class DynamicAnchors(LayerPolicy):
     Raises
     ------
     ConfigError
-        When it is asked, if the method has no scores or the text is missing.
+        If there is no such method, or it has no scores; when it is asked, if the text is missing.
     """
 
     config: AnchorConfig = field(
@@ -294,6 +294,11 @@ class DynamicAnchors(LayerPolicy):
     method: str = "h2o"
     name = "dynamic_anchors"
     ratio_free = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise ConfigError(f"{self.name}: method must be the name of a method, got {self.method!r}")
+        _scorer(self.method)
 
     @property
     def always_kept(self) -> int:

@@ -202,6 +202,10 @@ class Policy(ABC):
         """
         return None
 
+    def check_budget(self, budget: Budget) -> None:
+        """Raise a `ConfigError` for a budget that it refuses whatever the context."""
+        return None
+
     @property
     def why_one_tier(self) -> str | None:
         """Why what it evicts can't be kept in a second tier, as the end of a sentence; None: it can."""

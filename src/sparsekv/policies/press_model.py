@@ -36,7 +36,14 @@ from sparsekv.policies.press_copies import (
     own_sizes,
     with_ratio,
 )
-from sparsekv.policies.press_routes import decided_ratio, keeps_all, reason, refusing, unmasked
+from sparsekv.policies.press_routes import (
+    check_own_sizes,
+    decided_ratio,
+    keeps_all,
+    reason,
+    refusing,
+    unmasked,
+)
 from sparsekv.policies.press_rows import kept_rows
 
 if TYPE_CHECKING:
@@ -70,6 +77,10 @@ class PressModel(ModelPolicy):
 
     template: BasePress
     name: str = "press"
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a ratio or a number of tokens beside sizes of the press's own."""
+        check_own_sizes(self.template, self.name, budget)
 
     def keep_model(
         self,

@@ -137,6 +137,12 @@ def decided_ratio(
     return exact_ratio(budget, n, counts_evicted=counts_evicted)
 
 
+def check_own_sizes(press: BasePress, name: str, budget: Budget) -> None:
+    """Raise a ConfigError for a budget that a press with sizes of its own never takes (see `decided_ratio`)."""
+    if budget.given and budget.compression_ratio != 0 and own_sizes(press) is not None:
+        decided_ratio(press, name, budget, 1)
+
+
 def _untouched(press: BasePress) -> int:
     """How many entries a press leaves out of what it scores without asking whether there are more."""
     if isinstance(press, (StreamingLLMPress, ExpectedAttentionPress, CapPress)):
@@ -213,6 +219,10 @@ class _InLayer(LayerPolicy):
                 f"method {self.name} needs a context of more than {self.too_short} tokens, got {n}; keep all of a "
                 "shorter one"
             )
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a ratio or a number of tokens beside sizes of the press's own."""
+        check_own_sizes(self.template, self.name, budget)
 
     def _ready(self, module: nn.Module, ratio: float) -> BasePress:
         """A fresh copy with its ratio set and its weights loaded."""
