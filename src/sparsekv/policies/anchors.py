@@ -285,7 +285,7 @@ class DynamicAnchors(LayerPolicy):
     Raises
     ------
     ConfigError
-        If there is no such method, or it has no scores; when it is asked, if the text is missing.
+        When it is checked or asked, if there is no such method, it has no scores, or the text is missing.
     """
 
     config: AnchorConfig = field(
@@ -298,6 +298,9 @@ class DynamicAnchors(LayerPolicy):
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):
             raise ConfigError(f"{self.name}: method must be the name of a method, got {self.method!r}")
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a method without scores: looked up here and not when made, since it may load kvpress."""
         _scorer(self.method)
 
     @property
