@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from sparsekv.errors import ConfigError
@@ -122,6 +124,28 @@ def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None
     if idle_predictors and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
     args.remove_unused_columns = False
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Whether a given optimizer (None: Trainer makes one) moves all that is to be trained.
+
+    Raises
+    ------
+    ConfigError
+        If it does not: it was made before the adapter, or the predictors, were added to the model.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missed = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if missed:
+        raise ConfigError(
+            f"optimizers: the given optimizer holds {len(trained) - len(missed)} of {len(trained)} trainable "
+            f"parameters, not {missed[0]}: adapters and predictors are added after it was made. Give "
+            "optimizer_cls_and_kwargs=, or make it of a model that has them (wrapped with LoRA, attach_relevance), or "
+            "train the model as it is (lora=None, no relaxation)"
+        )
 
 
 def sparsity_of(press: Any, objective: Objective | None) -> Sparsity | None:

@@ -50,6 +50,7 @@ from sparsekv.training.dropping import (
 )
 from sparsekv.training.given import (
     check_drops,
+    check_optimizer,
     check_start_share,
     own_budget,
     prepare_arguments,
@@ -126,7 +127,7 @@ class SparseKVTrainer(ResumableTrainer):
     ------
     ConfigError
         For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
-        parameter; and for DataParallel and FSDP.
+        parameter, an optimizer without some of them; and for DataParallel and FSDP.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class SparseKVTrainer(ResumableTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        check_optimizer(self.optimizer, self.model)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 "several GPUs in one process (DataParallel) are not supported: start with torchrun"
