@@ -174,6 +174,53 @@ def give_own_group(
 
 
 def moves_without_adapters(model: nn.Module) -> bool:
-    """True if training changes what the model computes with its adapters off."""
-    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return not has_adapter(model) and any(f".{NAME}." not in name for name in names)
+    """True if training changes what the model computes with its adapters off: if some parameter is trained that is
+    neither an adapter's nor a predictor's (a bias, a norm, the embeddings).
+    """
+    own = _of_adapters(model)
+    return any(
+        parameter.requires_grad and id(parameter) not in own and f".{NAME}." not in name
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _of_adapters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that `disable_adapter` takes out of the computation."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not has_adapter(model):
+        return set()
+    found: set[int] = set()
+    kept: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            found.update(id(parameter) for parameter in module.parameters())
+            kept.update(id(parameter) for parameter in module.get_base_layer().parameters())
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save, trainable tokens
+            found.update(id(parameter) for parameter in module.parameters())
+            kept.update(id(parameter) for parameter in module.original_module.parameters())
+    return found - kept
+
+
+REWRITES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""PEFT's initialisations that take out of the base's weights what the fresh adapter holds."""
+
+
+def check_base(model: Any) -> None:
+    """Whether a model with its adapters off is the one that they were put on, as a teacher must be.
+
+    Raises
+    ------
+    ConfigError
+        If an adapter's initialisation changed the base's weights.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        given = getattr(config, "init_lora_weights", None)
+        if isinstance(given, str) and given.lower().startswith(REWRITES_BASE):
+            raise ConfigError(
+                f"init_lora_weights '{given}' changes the base's weights, so with its adapter off the model is no "
+                "longer the full-cache teacher that the objective needs; use True, 'gaussian', 'eva' or 'orthogonal', "
+                "or an objective without a teacher"
+            )

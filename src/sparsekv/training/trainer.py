@@ -71,6 +71,7 @@ from sparsekv.training.relaxation import (
 from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer, TodaysIntervals
 from sparsekv.training.samples import Samples
 from sparsekv.training.setup import (
+    check_base,
     drawn_policy,
     forbid_reentrant,
     give_own_group,
@@ -79,6 +80,7 @@ from sparsekv.training.setup import (
     with_lora,
 )
 from sparsekv.training.student import student_output, teacher_output
+from sparsekv.training.weights import has_adapter
 
 
 class SparseKVTrainer(ResumableTrainer):
@@ -181,7 +183,10 @@ class SparseKVTrainer(ResumableTrainer):
         self.config, self.seq_len = config, seq_len
         self._scores: list[Tensor] = []
         prepare(model)
-        moves = self.objective.needs_teacher and lora is None and moves_without_adapters(model)
+        if self.objective.needs_teacher:
+            check_base(model)
+        stays = lora is None or has_adapter(model)  # else a fresh adapter freezes the rest
+        moves = self.objective.needs_teacher and stays and moves_without_adapters(model)
         self.frozen_teacher = copy.deepcopy(model).eval().requires_grad_(False) if moves else None
         model = with_lora(model, lora, seed=args.seed)
         check_start_share(relevance_start_share, relaxation, press_share, has_start=has_relevance(model))
