@@ -10,8 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 from sparsekv import BlockDropoutPress
 from sparsekv.errors import ConfigError
+from sparsekv.training import AdaptiveCurriculum
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model
+from training.ddp_worker import samples
 from training.toy_trainer import trainer_for
 
 PRESS = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
@@ -43,3 +45,25 @@ def test_an_optimizer_of_all_that_is_trained_is_used(wrapped, tmp_path):
     trainer.train()
     after = dict(model.named_parameters())
     assert before and all(not torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("baseline", [None, 5.0])
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [({}, None, "give eval_dataset"), ({"eval_strategy": "no"}, 2, "eval_strategy 'no' never measures")],
+)
+def test_an_adaptive_curriculum_that_would_never_hear_is_refused(changes, data, message, baseline, tmp_path):
+    held_out = None if data is None else samples(data)
+    curriculum = AdaptiveCurriculum(baseline=baseline)
+    trainer = trainer_for(tmp_path, changes, press=PRESS, curriculum=curriculum, eval_dataset=held_out)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+
+
+def test_an_adaptive_curriculum_with_a_baseline_hears_every_evaluation(tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1}
+    curriculum = AdaptiveCurriculum(start_ratio=0.1, step=0.05, baseline=1e6)
+    trainer = trainer_for(tmp_path, changes, press=PRESS, curriculum=curriculum, eval_dataset=samples(2))
+    trainer.train()
+    ratios = [row["eval_ratio"] for row in trainer.state.log_history if "eval_ratio" in row]
+    assert ratios == pytest.approx([0.1, 0.15, 0.2])

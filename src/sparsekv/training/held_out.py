@@ -166,14 +166,30 @@ def held_out_perplexity(trainer: SparseKVTrainer, loader: Iterable[Mapping[str, 
 
 
 class Baseline(TrainerCallback):
-    """Measures the full-cache perplexity before the first step, where a curriculum needs it."""
+    """Sees that a curriculum that listens will hear, and measures the full-cache perplexity before the first step where
+    it needs that.
+    """
 
     def __init__(self, trainer: SparseKVTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate once, if nothing was observed yet."""
-        if self.trainer.curriculum.needs_baseline:
-            if self.trainer.eval_dataset is None:
-                raise ConfigError("curriculum adaptive decides by held-out perplexity: give eval_dataset=...")
+        """Evaluate once, if nothing was observed yet.
+
+        Raises
+        ------
+        ConfigError
+            If an adaptive curriculum would never hear of an evaluation.
+        """
+        curriculum = self.trainer.curriculum
+        if not curriculum.adaptive:
+            return
+        if self.trainer.eval_dataset is None:
+            raise ConfigError("curriculum adaptive decides by held-out perplexity: give eval_dataset=...")
+        if args.eval_strategy == "no":
+            raise ConfigError(
+                "curriculum adaptive decides by held-out perplexity, and eval_strategy 'no' never measures it: give "
+                "eval_strategy='steps' and eval_steps, or 'epoch'"
+            )
+        if curriculum.needs_baseline:
             self.trainer.evaluate()
