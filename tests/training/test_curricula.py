@@ -255,3 +255,15 @@ def test_spread_runs_with_the_full_cache_every_so_many_steps() -> None:
     for wrong in (-1, 2.5, True):
         with pytest.raises(ConfigError, match="full_every must be a whole number"):
             make_curriculum("spread", full_every=wrong)
+
+
+@pytest.mark.parametrize("start_ratio", [0.0, 0.3])
+def test_patience_counts_safe_observations_in_a_row(start_ratio: float) -> None:
+    """At ratio 0 an unsafe observation has nowhere to go down to, and still breaks the row."""
+    curriculum = AdaptiveCurriculum(start_ratio, step=0.1, patience=2, retry_after=1, baseline=10.0)
+    found = []
+    for metric in (10.0, 20.0, 10.0, 10.0):
+        curriculum.observe(metric)
+        found.append(curriculum.ratio(0, 1))
+    assert found[:3] == [start_ratio, 0.0, 0.0], "never two in a row"
+    assert found[3] > 0

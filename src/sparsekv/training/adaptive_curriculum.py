@@ -142,8 +142,8 @@ class AdaptiveCurriculum(Curriculum):
         state = self._state
         ratio = state["ratio"]
         state["safe"] = [r for r in state["safe"] if r < ratio]
-        state["unsafe"] = ratio
-        state["raise"] = self.step
+        # Also where there is nowhere lower to go, at 0: what was good before is no longer in a row with what comes.
+        state.update({"unsafe": ratio, "raise": self.step, "good": 0, "waited": 0})
         self._move(self.safe_ratio)
 
     def _move(self, ratio: float) -> None:
