@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from sparsekv import Budget, compress
+from sparsekv import Budget, FullPress, compress
+from sparsekv.errors import ConfigError
 from sparsekv.relevance.predictor import relevance_modules
 from sparsekv.training import LinearCurriculum, SparseKVTrainer
 from sparsekv.training.held_out import StreamShare, share_of
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model, toy_tokenizer
+from training.toy_trainer import trainer_for
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -61,3 +63,16 @@ def test_shares_have_every_sample_once(count, stream):
     shares = [list(share_of(given, index, count)) for index in range(count)]
     assert sorted(sample for share in shares for sample in share) == data
     assert max(len(share) for share in shares) == -(-5 // count)
+
+
+@pytest.mark.parametrize("nothing", ["boundary at the end", "no labels"])
+def test_data_without_a_label_after_the_boundary_has_no_perplexity(nothing, tmp_path):
+    ids = list(range(10, 30))
+    labels = ids if nothing == "boundary at the end" else ids[:10] + [-100] * 10
+    row = {"input_ids": ids, "labels": labels, "boundary": 20 if labels is ids else 9}
+    trainer = trainer_for(tmp_path, press=FullPress(), eval_dataset=[row] * 3)
+    with pytest.raises(ConfigError, match="eval_dataset: no sample has a label after its boundary"):
+        trainer.evaluate()
+    # one sample that has a label, the very last one, is enough
+    enough = [row, {"input_ids": ids, "boundary": 18}]
+    assert trainer.evaluate(enough)["eval_loss"] > 1

@@ -144,6 +144,11 @@ def held_out_sums(
 def held_out_perplexity(trainer: SparseKVTrainer, loader: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """What `SparseKVTrainer.evaluate` tells of collated batches: the curriculum's ratio at the trainer's step, the
     perplexity with the full cache, that under eviction, and the latter's log (loss). Every process takes part.
+
+    Raises
+    ------
+    ConfigError
+        If no sample has a label after its boundary: there is nothing to judge, and 1 would be the best perplexity.
     """
     step, total = trainer.state.global_step, max(trainer.state.max_steps, 1)
     ratio = trainer.curriculum.ratio(step, total)
@@ -159,7 +164,12 @@ def held_out_perplexity(trainer: SparseKVTrainer, loader: Iterable[Mapping[str, 
     )
     if trainer.args.world_size > 1:
         sums = trainer.accelerator.reduce(sums, "sum")
-    count = max(float(sums[2]), 1.0)
+    count = float(sums[2])
+    if not count:
+        raise ConfigError(
+            "eval_dataset: no sample has a label after its boundary, so there is no perplexity to measure; the "
+            "boundary must come before the last token, and labels after it must be token ids, not -100"
+        )
     full, evicted = (float(torch.exp(sums[i] / count)) for i in (0, 1))
     loss = float(sums[1] / count)
     return {"perplexity": full, "perplexity_evicted": evicted, "ratio": ratio, "loss": loss}
