@@ -67,3 +67,18 @@ def test_an_adaptive_curriculum_with_a_baseline_hears_every_evaluation(tmp_path)
     trainer.train()
     ratios = [row["eval_ratio"] for row in trainer.state.log_history if "eval_ratio" in row]
     assert ratios == pytest.approx([0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reentrant_checkpointing_of_the_model_is_refused(reentrant, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not reentrant:
+        trainer_for(tmp_path, model=model, lora=None, press=PRESS)
+        return
+    with pytest.raises(ConfigError, match="the model's gradient checkpointing is reentrant"):
+        trainer_for(tmp_path, model=model, lora=None, press=PRESS)
+    # what the arguments ask for takes the place of what is there, and what is switched off does no harm
+    trainer_for(tmp_path, {"gradient_checkpointing": True}, model=model, lora=None, press=PRESS)
+    model.gradient_checkpointing_disable()
+    trainer_for(tmp_path, model=model, lora=None, press=PRESS)

@@ -129,15 +129,21 @@ def with_predictors(
     return model
 
 
-def forbid_reentrant(args: TrainingArguments) -> None:
+def forbid_reentrant(args: TrainingArguments, model: nn.Module) -> None:
     """Make gradient checkpointing, where it is asked for, of the kind that is not reentrant.
 
     Raises
     ------
     ConfigError
-        If reentrant checkpointing is asked for.
+        If reentrant checkpointing is asked for, or was switched on at the model.
     """
     if not args.gradient_checkpointing:
+        if any(_checkpoints_reentrantly(module) for module in model.modules()):
+            raise ConfigError(
+                "the model's gradient checkpointing is reentrant, which loses the gradients of side losses: switch it "
+                "on with gradient_checkpointing_enable({'use_reentrant': False}), or with gradient_checkpointing=True "
+                "in args"
+            )
         return
     given: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})
     if given.setdefault("use_reentrant", False):
@@ -146,6 +152,14 @@ def forbid_reentrant(args: TrainingArguments) -> None:
             "gradients of side losses"
         )
     args.gradient_checkpointing_kwargs = given
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """As transformers leaves it: the function stays when checkpointing is switched off again."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(keywords.get("use_reentrant", False))
 
 
 SOFTEST_TO_HARDEST = 0.1

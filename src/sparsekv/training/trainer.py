@@ -165,7 +165,7 @@ class SparseKVTrainer(ResumableTrainer):
 
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
-        forbid_reentrant(args)
+        forbid_reentrant(args, model)
         # Not in a press's steps, and not in those of a soft one while its ratio is 0.
         prepare_arguments(args, idle_predictors=trains_predictors and press is not None)
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
