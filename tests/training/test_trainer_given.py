@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sparsekv.training import AdaptiveCurriculum
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model
 from training.ddp_worker import samples
-from training.toy_trainer import trainer_for
+from training.toy_trainer import arguments, trainer_for
 
 PRESS = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
 
@@ -82,3 +83,17 @@ def test_reentrant_checkpointing_of_the_model_is_refused(reentrant, tmp_path):
     trainer_for(tmp_path, {"gradient_checkpointing": True}, model=model, lora=None, press=PRESS)
     model.gradient_checkpointing_disable()
     trainer_for(tmp_path, model=model, lora=None, press=PRESS)
+
+
+def test_the_arguments_stay_as_they_were_given(tmp_path):
+    """So a second trainer of the same arguments keeps as few checkpoints."""
+    given = arguments(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1)
+    config = copy.copy(given.accelerator_config)
+    before = dict(vars(given))
+    trainer_for(tmp_path, args=given, press=PRESS)
+    assert {**vars(given), "accelerator_config": None} == {**before, "accelerator_config": None}
+    assert given.accelerator_config == config
+    trainer = trainer_for(tmp_path, args=given, press=PRESS)
+    trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.device == given.device and trainer.n_checkpoints == 1

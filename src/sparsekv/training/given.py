@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -102,6 +103,16 @@ def check_start_share(
             f"relevance_start_share {share:g} needs a model that has predictors, and a relaxation with threshold "
             "'quantile': that of averaged scores is measured, a learned one can't be"
         )
+
+
+def own_arguments(args: TrainingArguments | None) -> TrainingArguments:
+    """A copy for a trainer to change: another trainer may be made of the same arguments.
+
+    A shallow one, since the devices and processes that transformers found are kept in it too.
+    """
+    own = TrainingArguments(output_dir="output/train") if args is None else copy.copy(args)
+    own.accelerator_config = copy.copy(own.accelerator_config)
+    return own
 
 
 def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None:

@@ -52,6 +52,7 @@ from sparsekv.training.given import (
     check_drops,
     check_optimizer,
     check_start_share,
+    own_arguments,
     own_budget,
     prepare_arguments,
     relevance_press,
@@ -90,6 +91,7 @@ class SparseKVTrainer(ResumableTrainer):
     ----------
     model : a supported causal language model, plain or wrapped by PEFT
     args : TrainingArguments
+        Copied: what a trainer changes (`trainer.args`) is its own.
     press : one of `sparsekv`'s presses or kvpress's, optional
         What drops entries; its compression_ratio is the default curriculum. Without one, relevance predictors do.
         The temperature of a SoftThresholdPress, or of soft scores, falls to a tenth of it over the run. One with
@@ -156,7 +158,7 @@ class SparseKVTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         tokenizer = tokenizer if tokenizer is not None else kwargs.pop("processing_class", None)
-        args = args if args is not None else TrainingArguments(output_dir="output/train")
+        args = own_arguments(args)
         self.policy = None if press is None else policy_of(press)
         check_drops(self.policy, relaxation, press_share)
         trains_predictors = relaxation is not None or relevance_press(self.policy) is not None
