@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from sparsekv import Budget, FullPress, compress
+from sparsekv import Budget, FullPress, SinkRecentPress, compress
 from sparsekv.errors import ConfigError
 from sparsekv.relevance.predictor import relevance_modules
-from sparsekv.training import LinearCurriculum, SparseKVTrainer
+from sparsekv.training import AdaptiveCurriculum, LinearCurriculum, SparseKVTrainer
 from sparsekv.training.held_out import StreamShare, share_of
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model, toy_tokenizer
+from training.ddp_worker import samples
 from training.toy_trainer import trainer_for
 
 
@@ -76,3 +77,39 @@ def test_data_without_a_label_after_the_boundary_has_no_perplexity(nothing, tmp_
     # one sample that has a label, the very last one, is enough
     enough = [row, {"input_ids": ids, "boundary": 18}]
     assert trainer.evaluate(enough)["eval_loss"] > 1
+
+
+def test_several_held_out_sets_are_judged_by_name_and_the_first_is_heard(tmp_path):
+    """Each as if it were alone, and all at the ratio of the step, whatever the first one makes of it."""
+    heard = []
+
+    class Listening(AdaptiveCurriculum):
+        def observe(self, metric: float) -> None:
+            heard.append(metric)
+            super().observe(metric)
+
+    sets = {"long": samples(5), "short": [{"text": "A few words, and then a few more of them."}]}
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    curriculum = Listening(start_ratio=0.4, tolerance=1e3)
+    press = SinkRecentPress(n_sink=2)
+    trainer = trainer_for(tmp_path, changes, press=press, curriculum=curriculum, eval_dataset=sets)
+    together = trainer.evaluate()
+    for name, data in sets.items():
+        alone = {
+            key.replace("eval_", f"eval_{name}_"): value for key, value in trainer.evaluate(data).items()
+        }
+        assert alone.items() <= together.items() and len(alone) == 4
+    assert len(together) == 8 and together == trainer.evaluate(sets)
+    assert trainer.evaluate("short")["eval_loss"] == together["eval_short_loss"]
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_long_loss" in row and "eval_short_loss" in row]
+    # three before training, then the baseline and one per step
+    assert [row["eval_long_perplexity"] for row in rows[-3:-2]] == heard[:1]
+    assert [row["eval_long_perplexity_evicted"] for row in rows[-2:]] == heard[1:]
+    ratios = [(row["eval_long_ratio"], row["eval_short_ratio"]) for row in rows[-3:]]
+    assert ratios == [(0.0, 0.0), (0.4, 0.4), (pytest.approx(0.45), pytest.approx(0.45))]
+
+
+def test_no_held_out_set_by_name_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="eval_dataset is an empty mapping"):
+        trainer_for(tmp_path, press=FullPress(), eval_dataset={})

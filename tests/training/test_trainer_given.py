@@ -97,3 +97,25 @@ def test_the_arguments_stay_as_they_were_given(tmp_path):
     trainer.train()
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert trainer.args.device == given.device and trainer.n_checkpoints == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {"compute_metrics": print}, "compute_metrics is not supported: the logits"),
+        ({}, {"preprocess_logits_for_metrics": print}, "preprocess_logits_for_metrics is not supported"),
+        ({}, {"compute_loss_func": print}, "compute_loss_func is not supported: .*objective="),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor must be 0, got 0.1"),
+        ({}, {"model": None, "model_init": tiny_model}, "model_init is not supported"),
+        ({}, {"model": None}, "model is missing"),
+    ],
+)
+def test_arguments_of_trainer_that_nobody_would_heed_are_refused(changes, given, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        trainer_for(tmp_path, changes, press=PRESS, **given)
+
+
+def test_predict_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, press=PRESS)
+    with pytest.raises(ConfigError, match=r"predict is not supported: .*evaluate"):
+        trainer.predict(samples(2))

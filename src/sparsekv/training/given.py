@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,6 +114,37 @@ def own_arguments(args: TrainingArguments | None) -> TrainingArguments:
     own = TrainingArguments(output_dir="output/train") if args is None else copy.copy(args)
     own.accelerator_config = copy.copy(own.accelerator_config)
     return own
+
+
+_NO_LOGITS = "the logits of a whole sequence never exist here"
+_UNHEARD = {
+    "compute_loss_func": "the loss is the objective's: give objective=...",
+    "compute_metrics": f"{_NO_LOGITS}, so evaluations measure perplexity alone; give callbacks=[...] to measure more",
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "model_init": "a trainer is made of a model: give model=..., and a new trainer for each trial",
+}
+"""Arguments of `transformers.Trainer` that this one has no use for, and why."""
+
+
+def check_heard(model: Any, args: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Whether what plain Trainer would heed is heeded here.
+
+    `given`: what goes on to Trainer.
+
+    Raises
+    ------
+    ConfigError
+        For an argument that would be ignored, and where there is no model.
+    """
+    for name, reason in _UNHEARD.items():
+        if given.get(name) is not None:
+            raise ConfigError(f"{name} is not supported: {reason}")
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor:g}: the loss is the objective's"
+        )
+    if model is None:
+        raise ConfigError("model is missing: give a causal language model, or the name of one")
 
 
 def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None:

@@ -23,6 +23,7 @@ from sparsekv.training.data_layout import IGNORED
 from sparsekv.training.dropping import BOUNDARY, labels_of_rows
 from sparsekv.training.objectives import StandardLMObjective
 from sparsekv.training.relaxation import RelaxedRelevance
+from sparsekv.training.samples import Samples
 from sparsekv.training.student import student_output
 
 if TYPE_CHECKING:
@@ -46,6 +47,32 @@ def share_of(dataset: Any, index: int, count: int) -> Dataset[Any]:
     if isinstance(dataset, IterableDataset):
         return StreamShare(dataset, index, count)
     return Subset(dataset, range(index, len(dataset), count))
+
+
+def samples_of_each(dataset: Any, tokenizer: Any, seq_len: int) -> Any:
+    """`Samples.of` a held-out data set, or of each of several by name.
+
+    Raises
+    ------
+    ConfigError
+        For a mapping without any, and for what `Samples` refuses.
+    """
+    if not isinstance(dataset, Mapping):
+        return Samples.of(dataset, tokenizer, seq_len)
+    if not dataset:
+        raise ConfigError("eval_dataset is an empty mapping; give a data set, or several by name")
+    return {name: Samples.of(one, tokenizer, seq_len) for name, one in dataset.items()}
+
+
+def by_prefix(prefix: str, given: Any, own: Any) -> dict[str, Any]:
+    """What an evaluation judges, by the prefix of its metrics, as `get_eval_dataloader` takes it.
+
+    `given`: to `evaluate`; None for the trainer's `own`, of which several go by their names (Trainer keeps loaders so).
+    """
+    several = own if given is None else given
+    if not isinstance(several, Mapping):
+        return {prefix: given}
+    return {f"{prefix}_{name}": name if given is None else one for name, one in several.items()}
 
 
 def after_the_boundary(batch: Mapping[str, Tensor], boundary: Tensor) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ from sparsekv.training.dropping import (
 )
 from sparsekv.training.given import (
     check_drops,
+    check_heard,
     check_optimizer,
     check_start_share,
     own_arguments,
@@ -58,7 +59,7 @@ from sparsekv.training.given import (
     relevance_press,
     sparsity_of,
 )
-from sparsekv.training.held_out import Baseline, held_out_perplexity, share_of
+from sparsekv.training.held_out import Baseline, by_prefix, held_out_perplexity, samples_of_each, share_of
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
 from sparsekv.training.objective import Objective
@@ -122,6 +123,7 @@ class SparseKVTrainer(ResumableTrainer):
         the column, padding counted, of the first token after the row's context (0: a drawn one), and a number that
         the row's draws follow.
     train_dataset, eval_dataset : items with input_ids (and labels, boundary, sample_index), or with text
+        Held-out data may be several such sets, by name.
     config : TrainConfig, optional
         What the trainer was built from; written into its checkpoints.
     seq_len : int
@@ -131,7 +133,8 @@ class SparseKVTrainer(ResumableTrainer):
     ------
     ConfigError
         For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
-        parameter, an optimizer without some of them; and for DataParallel and FSDP.
+        parameter, an optimizer without some of them; for what of Trainer's would be ignored (model_init, metrics and
+        losses made of logits); and for DataParallel and FSDP.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class SparseKVTrainer(ResumableTrainer):
     ) -> None:
         tokenizer = tokenizer if tokenizer is not None else kwargs.pop("processing_class", None)
         args = own_arguments(args)
+        check_heard(model, args, kwargs)
         self.policy = None if press is None else policy_of(press)
         check_drops(self.policy, relaxation, press_share)
         trains_predictors = relaxation is not None or relevance_press(self.policy) is not None
@@ -209,7 +213,7 @@ class SparseKVTrainer(ResumableTrainer):
             args=args,
             data_collator=collator,
             train_dataset=Samples.of(train_dataset, tokenizer, seq_len, endless=True),
-            eval_dataset=Samples.of(eval_dataset, tokenizer, seq_len),
+            eval_dataset=samples_of_each(eval_dataset, tokenizer, seq_len),
             processing_class=tokenizer,
             **kwargs,
         )
@@ -365,7 +369,9 @@ class SparseKVTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; with several processes, each gets a share of its own of the samples (`share_of`)."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size == 1 or dataset is None or isinstance(dataset, str):
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if self.args.world_size == 1 or dataset is None:
             return super().get_eval_dataloader(eval_dataset)
         share = share_of(dataset, self.args.process_index, self.args.world_size)
         return DataLoader(share, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
@@ -376,17 +382,28 @@ class SparseKVTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Held-out perplexity of what follows the boundary: with the full cache, and under eviction at today's ratio.
 
-        The curriculum hears the latter.
+        Of each of several data sets, by name, as `eval_<name>_perplexity`. The curriculum hears that under eviction, of
+        the first one.
         """
-        loader = self.get_eval_dataloader(Samples.of(eval_dataset, self.processing_class, self.seq_len))
-        found = held_out_perplexity(self, loader)
-        if eval_dataset is None and self.is_in_train:
+        judged = samples_of_each(eval_dataset, self.processing_class, self.seq_len)
+        found = {
+            prefix: held_out_perplexity(self, self.get_eval_dataloader(one))
+            for prefix, one in by_prefix(metric_key_prefix, judged, self.eval_dataset).items()
+        }
+        if eval_dataset is None and self.is_in_train:  # after the last one: all are judged at the same ratio
             needed = "perplexity" if self.curriculum.needs_baseline else "perplexity_evicted"
-            self.curriculum.observe(found[needed])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            self.curriculum.observe(next(iter(found.values()))[needed])
+        metrics = {f"{prefix}_{name}": value for prefix, one in found.items() for name, value in one.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: there are no predictions to return."""
+        raise ConfigError(
+            "predict is not supported: the logits of a whole sequence never exist here; evaluate(dataset) measures "
+            "held-out perplexity, and model.generate answers"
+        )
 
     # ---- optimizer, logging, checkpoints ------------------------------------------------------------------
 
