@@ -5,19 +5,33 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sparsekv import BlockDropoutPress
+from sparsekv import BlockDropoutPress, EvictionAugPress
 from sparsekv.errors import ConfigError
+from sparsekv.policies import make_policy
+from sparsekv.policies.base import Policy
 from sparsekv.training import AdaptiveCurriculum
+from sparsekv.training.curricula import StepCurriculum
+from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model
 from training.ddp_worker import samples
 from training.toy_trainer import arguments, trainer_for
 
 PRESS = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
+STREAMING = DroppingConfig("streaming", window=32)
+
+
+def press_that_keeps(entries: int) -> BlockDropoutPress:
+    return BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=4, recent=entries - 4)
+
+
+def sinks(recent: int) -> Policy:
+    return make_policy("sink_recent", n_sink=4, n_recent=recent)
 
 
 def with_adapter() -> Any:
@@ -119,3 +133,53 @@ def test_predict_is_refused(tmp_path):
     trainer = trainer_for(tmp_path, press=PRESS)
     with pytest.raises(ConfigError, match=r"predict is not supported: .*evaluate"):
         trainer.predict(samples(2))
+
+
+def rows(*lengths: int, boundary: int = 0) -> list[dict[str, Any]]:
+    return [{"input_ids": list(range(10, 10 + length)), "boundary": boundary} for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("given", "least"),
+    [
+        ({"press": press_that_keeps(24)}, 34),  # 3 * 34 // 4 = 25
+        ({"press": press_that_keeps(24), "dropping": STREAMING}, 33),  # over the window
+        ({"press": press_that_keeps(44), "dropping": STREAMING}, 45),
+        ({"press": EvictionAugPress([sinks(30), sinks(20)])}, 34),
+        ({"relaxation": Relaxation(n_sink=4, n_recent=20)}, 34),
+        ({"press": sinks(2), "press_share": 0.5, "relaxation": Relaxation(n_sink=4, n_recent=20)}, 34),
+    ],
+    ids=["press", "streaming", "streaming, many kept", "one of several", "predictors", "both"],
+)
+def test_samples_that_are_too_short_to_lose_anything_are_refused(given, least, tmp_path):
+    with pytest.raises(ConfigError, match=r"train_dataset: .* nothing would ever be dropped"):
+        trainer_for(tmp_path, train_dataset=rows(*range(10, least)), **given)
+    # one sample among many is enough
+    trainer_for(tmp_path, train_dataset=rows(*range(10, least + 1)), **given)
+
+
+def test_the_boundary_of_a_sample_bounds_its_context(tmp_path):
+    press = press_that_keeps(24)
+    with pytest.raises(ConfigError, match="has 24, and 24 sink and recent ones"):
+        trainer_for(tmp_path, train_dataset=rows(90, boundary=24), press=press)
+    for boundary in (24, 25):
+        drawn = DroppingConfig(boundary="random" if boundary == 24 else "end")
+        trainer_for(tmp_path, train_dataset=rows(90, boundary=boundary), press=press, dropping=drawn)
+
+
+def test_a_stream_that_is_too_short_to_lose_anything_is_told_once(tmp_path, caplog):
+    def logged(length: int) -> list[str]:
+        caplog.clear()
+        trainer = trainer_for(
+            tmp_path,
+            press=press_that_keeps(24),
+            curriculum=StepCurriculum([1], [0.5]),  # nothing is to be dropped in the first step
+            train_dataset=datasets.Dataset.from_list(rows(*[length] * 4)).to_iterable_dataset(),
+        )
+        trainer.train()
+        assert trainer.state.log_history[1]["requested_compression"] == 0.5
+        return [record.message for record in caplog.records if record.name.startswith("sparsekv")]
+
+    (told,) = logged(24)
+    assert told.startswith("up to step 2 nothing was dropped, where a fraction of 0.5")
+    assert logged(100) == []

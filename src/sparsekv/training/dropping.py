@@ -68,6 +68,11 @@ def row_seeds(run_seed: int, epoch: int, sample_index: Tensor) -> tuple[int, ...
     return tuple(seed_of(run_seed, epoch, int(index)) for index in sample_index.tolist())
 
 
+def last_drawn(real: int) -> int:
+    """The largest boundary that is drawn for a sample of `real` tokens."""
+    return max(1, 3 * real // 4)
+
+
 def resolve_boundaries(
     boundary: Tensor, attention_mask: Tensor, seeds: Sequence[int], how: str
 ) -> tuple[int, ...]:
@@ -79,7 +84,7 @@ def resolve_boundaries(
         if given and how == "end":
             found.append(int(given))
             continue
-        low, high = max(1, int(real) // 4), max(1, 3 * int(real) // 4)
+        low, high = max(1, int(real) // 4), last_drawn(int(real))
         found.append(start + low + seed_of(seed, 1) % (high - low + 1))
     return tuple(found)
 

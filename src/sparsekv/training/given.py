@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import Policy
@@ -18,8 +19,12 @@ from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.sparsity import Sparsity
 from sparsekv.relevance.predictor import Served
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.dropping import DroppingConfig, last_drawn
 from sparsekv.training.objective import Objective
 from sparsekv.training.relaxation import Relaxation
+from sparsekv.training.samples import Samples
+
+logger = logging.getLogger(__name__)
 
 
 def relevance_press(policy: Policy | None) -> SoftThreshold | None:
@@ -189,6 +194,78 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
             "optimizer_cls_and_kwargs=, or make it of a model that has them (wrapped with LoRA, attach_relevance), or "
             "train the model as it is (lora=None, no relaxation)"
         )
+
+
+def always_kept(policy: Policy | None, relaxation: Relaxation | None) -> int:
+    """The longest context of which nothing is ever dropped, by the press or by the predictors: sinks and recent ones.
+
+    Of several methods that a press draws from, the one that keeps least counts.
+    """
+    sizes = [] if policy is None else [min(one.always_kept for one in getattr(policy, "policies", (policy,)))]
+    if relaxation is not None:
+        sizes.append(relaxation.n_sink + relaxation.n_recent)
+    return max(sizes, default=0)
+
+
+def check_lengths(dataset: Any, dropping: DroppingConfig, kept: int) -> None:
+    """Whether some context of a data set is longer than what always stays of it.
+
+    Looks at samples from all over the data set, as far as the first that is; not at streams, which may be read once.
+
+    Parameters
+    ----------
+    kept : entries that always stay, `always_kept`
+
+    Raises
+    ------
+    ConfigError
+        If none is: nothing would be dropped at any ratio.
+    """
+    if not isinstance(dataset, Samples):
+        return
+    longest = 0
+    for index in range(0, len(dataset), -(-len(dataset) // _LOOKED_AT)):
+        longest = max(longest, _longest_context(dataset[index], dropping))
+        if longest > kept:
+            return
+    way = f"window {dropping.window}" if dropping.way == "streaming" else "a boundary"
+    raise ConfigError(
+        f"train_dataset: with {way}, the longest context that could lose entries has {longest}, and {kept} sink and "
+        "recent ones always stay: nothing would ever be dropped; give longer samples, or a smaller n_sink and n_recent"
+    )
+
+
+_LOOKED_AT = 256
+"""Samples whose length is looked at, at most."""
+
+
+def _longest_context(sample: Mapping[str, Any], dropping: DroppingConfig) -> int:
+    """How many entries can be asked for at once; 0 where none is ever a window behind."""
+    real, boundary = len(sample["input_ids"]), int(sample["boundary"])
+    if dropping.way == "streaming":
+        return real if real > dropping.window else 0
+    return boundary if boundary and dropping.boundary == "end" else last_drawn(real)
+
+
+class WarnOfNoDrops(TrainerCallback):
+    """Says once if the first logged steps that were to drop entries dropped none."""
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Called with what a training step logs, an evaluation, and the end."""
+        requested = (logs or {}).get("requested_compression", 0.0)
+        if self.looked or requested <= 0:
+            return
+        self.looked = True
+        if logs["achieved_compression"] <= 0 and state.is_world_process_zero:
+            logger.warning(
+                "up to step %d nothing was dropped, where a fraction of %.3g of the context was to be: contexts are no "
+                "longer than the sink and recent tokens that always stay",
+                state.global_step,
+                requested,
+            )
 
 
 def sparsity_of(press: Any, objective: Objective | None) -> Sparsity | None:

@@ -24,6 +24,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.plan import Observer, SelectionPlan
 from sparsekv.policies.base import Policy
 from sparsekv.policies.budget import Budget, Scope
+from sparsekv.policies.positional import Full
 from sparsekv.relevance.predictor import (
     NAME,
     RelevanceConfig,
@@ -49,8 +50,11 @@ from sparsekv.training.dropping import (
     seed_of,
 )
 from sparsekv.training.given import (
+    WarnOfNoDrops,
+    always_kept,
     check_drops,
     check_heard,
+    check_lengths,
     check_optimizer,
     check_start_share,
     own_arguments,
@@ -133,8 +137,8 @@ class SparseKVTrainer(ResumableTrainer):
     ------
     ConfigError
         For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
-        parameter, an optimizer without some of them; for what of Trainer's would be ignored (model_init, metrics and
-        losses made of logits); and for DataParallel and FSDP.
+        parameter, an optimizer without some of them, no sample long enough to lose entries; for what of Trainer's would
+        be ignored (model_init, metrics and losses made of logits); and for DataParallel and FSDP.
     """
 
     def __init__(
@@ -207,12 +211,16 @@ class SparseKVTrainer(ResumableTrainer):
                 "no parameter of the model is trainable: give lora=LoraOptions(), or unfreeze some"
             )
         self.n_checkpoints, args.save_total_limit = args.save_total_limit, None  # whole ones only: `rotate`
-        collator = collator_for(kwargs.pop("data_collator", None), tokenizer)
+        own_collator = kwargs.pop("data_collator", None)
+        collator = collator_for(own_collator, tokenizer)
+        samples = Samples.of(train_dataset, tokenizer, seq_len, endless=True)
+        if own_collator is None:  # else its rows may be no samples
+            check_lengths(samples, self.dropping, always_kept(self.policy, relaxation))
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=Samples.of(train_dataset, tokenizer, seq_len, endless=True),
+            train_dataset=samples,
             eval_dataset=samples_of_each(eval_dataset, tokenizer, seq_len),
             processing_class=tokenizer,
             **kwargs,
@@ -234,6 +242,8 @@ class SparseKVTrainer(ResumableTrainer):
         self.add_callback(Baseline(self))
         self.add_callback(LogWithCheckpoints)
         self.add_callback(TodaysIntervals)
+        if not isinstance(self.policy, Full):
+            self.add_callback(WarnOfNoDrops())
 
     # ---- batches ----------------------------------------------------------------------------------------------
 
