@@ -60,7 +60,7 @@ def test_mistakes_of_generate_are_told_by_its_options(
         (
             tmp_path / "short.txt",
             "",
-            "method 'snapkv' needs more than its window_size of 64; give another --method",
+            "method snapkv needs more than its window_size of 64; give another --method",
         ),
     ):
         arguments = ["generate", "--model", str(toy_model_dir), "--file", str(file), "--question", "Who?"]

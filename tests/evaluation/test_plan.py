@@ -90,7 +90,7 @@ def test_a_context_no_longer_than_a_methods_window_is_named(
     row = {"question": "?", "answer": "x", "max_new_tokens": 2, "task": "a"}
     data.write_text("".join(json.dumps(row | {"context": "x" * n}) + "\n" for n in (200, 30)))
     short = {"benchmarks": [{"name": "local", "path": str(data)}], "methods": ["adakv_snapkv"]}
-    told = r"example local/a/0001 has (\d+) tokens, method 'adakv_snapkv' needs more than its window_size of 64; give"
+    told = r"example local/a/0001 has (\d+) tokens, method adakv_snapkv needs more than its window_size of 64; give"
     with pytest.raises(ConfigError, match=told):
         plan(toy_eval, **short)
     assert plan(toy_eval, **short, compression_ratios=[0.0])  # nothing leaves, so nothing is scored

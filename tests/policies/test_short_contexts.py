@@ -60,9 +60,7 @@ def test_training_leaves_what_is_too_short_whole(model, method, least):
 def test_compressing_what_is_too_short_is_refused_in_words(model, method):
     least = LEAST[method]
     for n in (2, least):
-        with pytest.raises(
-            ConfigError, match=f"{method} needs a context of more than {least} tokens, got {n}"
-        ):
+        with pytest.raises(ConfigError, match=f"context has {n} tokens, .* needs more than .*{least}"):
             compress(model, torch.arange(n)[None], method, Budget(compression_ratio=0.5))
     compress(model, torch.arange(least + 2)[None], method, Budget(compression_ratio=0.5))
 

@@ -254,7 +254,5 @@ def _check_window(setting: Setting, policy: LayerPolicy, shortest: Prompt, advic
     n = shortest.context_tokens
     evicts = setting.phase != "decode" and setting.budget.given and setting.budget.n_kept(n) < n
     if evicts and n <= policy.too_short:
-        raise ConfigError(
-            f"{advice.example.format(shortest.example.example_id)} has {n} tokens, method '{setting.method}' needs "
-            f"more than its window_size of {policy.too_short}; {advice.shorter_window}"
-        )
+        example = advice.example.format(shortest.example.example_id)
+        raise ConfigError(f"{policy.too_short_for(f'{example} has {n} tokens')}; {advice.shorter_window}")

@@ -314,6 +314,13 @@ class LayerPolicy(Policy):
     """Contexts of at most so many entries can't be scored, for these are the queries that score, or never leave;
     training leaves such a context whole."""
 
+    def too_short_for(self, context: str) -> str:
+        """Why a context can't be scored, in words; `context` says which it is, and how long."""
+        why = (
+            "its window_size of {}" if self.too_short == (self.window or 0) else "the {} that it never drops"
+        )
+        return f"{context}, method {self.name} needs more than {why.format(self.too_short)}"
+
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""
 

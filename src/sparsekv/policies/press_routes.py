@@ -86,8 +86,8 @@ def window_size(press: BasePress) -> int:
 def refusing(press: BasePress, name: str, row: LayerContext | None = None) -> Iterator[None]:
     """Run a press inside: what it raises becomes a ConfigError that names the method and its arguments.
 
-    With `row`, what it reads, a context that is no longer than its window is told so. Errors of this package stay as
-    they are, and so do those of the machine: no memory left, a GPU that fails.
+    With `row`, what it reads, a part of a context that is no longer than its window is told so. Errors of this package
+    stay as they are, and so do those of the machine: no memory left, a GPU that fails.
     """
     try:
         yield
@@ -98,10 +98,9 @@ def refusing(press: BasePress, name: str, row: LayerContext | None = None) -> It
             raise
         short = row is not None and row.hidden_states.shape[1] <= window_size(press)
         if row is not None and short and isinstance(error, AssertionError):
-            part = "the context" if row.covers_entries else "the last part of the context"
             raise ConfigError(
-                f"{part} has {row.hidden_states.shape[1]} tokens, method {name} needs more than its window_size of "
-                f"{window_size(press)}; give another method or a smaller window_size"
+                f"the last part of the context has {row.hidden_states.shape[1]} tokens, method {name} needs more than "
+                f"its window_size of {window_size(press)}; give another method or a smaller window_size"
             ) from error
         given = ", ".join(f"{key}={value!r}" for key, value in given_arguments(press).items())
         raise ConfigError(f"method {name}{f' with {given}' if given else ''}: {reason(error)}") from error
@@ -215,10 +214,8 @@ class _InLayer(LayerPolicy):
 
     def _check_length(self, n: int) -> None:
         if n <= self.too_short:
-            raise ConfigError(
-                f"method {self.name} needs a context of more than {self.too_short} tokens, got {n}; keep all of a "
-                "shorter one"
-            )
+            told = self.too_short_for(f"the context has {n} tokens")
+            raise ConfigError(f"{told}; give another method, or sizes that it is longer than")
 
     def check_budget(self, budget: Budget) -> None:
         """Refuse a ratio or a number of tokens beside sizes of the press's own."""
