@@ -154,3 +154,21 @@ def test_a_run_records_its_dtype_and_does_not_go_on_in_another(
 def on_machine(monkeypatch: pytest.MonkeyPatch, *, bf16: bool) -> None:
     """A machine that computes in bf16, or does not."""
     monkeypatch.setattr("sparsekv.models.placement.computes_bf16", lambda device: bf16)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"kind": "text", "seq_len": 9000}, r"data\.seq_len is 9000 tokens, the model allows 8192"),
+        ({"kind": "selfsup", "context_tokens": 9000}, r"data\.context_tokens is 9000 tokens"),
+        (
+            {"mix": [{"kind": "text", "seq_len": 64}, {"kind": "text", "seq_len": 8193}]},
+            r"seq_len is 8193 tokens",
+        ),
+    ],
+)
+def test_sequences_that_the_model_can_not_read_are_refused(
+    data: dict[str, Any], told: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        build_trainer(config(model, tmp_path, data=data))

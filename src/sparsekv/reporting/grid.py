@@ -51,9 +51,9 @@ class Grid:
         for index, name in enumerate(self.header[:n_columns]):
             named = index < self.left  # names may break where they must, numbers never
             justify: Literal["left", "right"] = "left" if named else "right"
-            table.add_column(name, justify=justify, no_wrap=not named, overflow="fold")
-        for index, row in enumerate(self.rows):
             # Text, not str: rich would take "[window_size=8]" for a style.
+            table.add_column(Text(name), justify=justify, no_wrap=not named, overflow="fold")
+        for index, row in enumerate(self.rows):
             table.add_row(*map(Text, row[:n_columns]), style="bold" if index in self.bold else None)
         return table
 

@@ -108,9 +108,9 @@ def to_rich(summary: Summary, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate([*LEAD, *columns, *trail]):
         title = _wrapped(name) if name in columns else name
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for line, cells in zip(summary.lines, rows, strict=True):
         # Text, not str: rich would take "[window_size=8]" for a style.
+        table.add_column(Text(title), justify="left" if index == 0 else "right", no_wrap=True)
+    for line, cells in zip(summary.lines, rows, strict=True):
         table.add_row(*map(Text, cells), style="bold" if line.uncompressed else None)
     return table
 

@@ -30,7 +30,7 @@ from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
-from sparsekv.training.setup import policy_of, with_dtype, with_predictors
+from sparsekv.training.setup import check_fits_model, policy_of, with_dtype, with_predictors
 from sparsekv.training.trainer import SparseKVTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
     ------
     ConfigError
         For an unknown press, method or objective, LoRA targets that match nothing, predictors to start from of another
-        shape, or data without a usable row.
+        shape, sequences longer than the model allows, or data without a usable row.
     """
     config = with_dtype(config)
     objective = make_objective(config.objective.name, **config.objective.arguments())
@@ -52,6 +52,7 @@ def build_trainer(config: TrainConfig) -> SparseKVTrainer:
         policy_of(press)
     adapter = None if config.adapter is None else _checked_adapter(config.adapter)
     arguments = training_arguments(config, evaluates=config.eval_data is not None or config.held_out > 0)
+    check_fits_model(config)
     model, tokenizer = load_model(
         config.model,
         dtype=config.dtype,

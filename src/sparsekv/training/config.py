@@ -209,7 +209,7 @@ class TrainConfig(Strict):
                 "boundary 'random' belongs to dropping 'prefill'; streaming has a window instead"
             )
         for part in self.data.mix or [self.data]:
-            length = part.context_tokens if part.kind == "selfsup" else part.seq_len
+            length = part.length
             kept = self.protected
             if kept >= length:
                 raise ValueError(

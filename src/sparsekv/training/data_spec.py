@@ -139,6 +139,16 @@ class DataConfig(Strict):
                 raise ValueError("streaming is not possible in a mix; give max_documents instead")
         return self
 
+    @property
+    def length_field(self) -> str:
+        """The field that says how long a sequence is; a self-supervised one's context."""
+        return "context_tokens" if self.kind == "selfsup" else "seq_len"
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, or of its context, as `length_field` says; of a mix see its parts."""
+        return int(getattr(self, self.length_field))
+
     def family_weights(self) -> dict[str, float]:
         """The families that are drawn, with weights above 0."""
         return {name: weight for name, weight in (self.families or FAMILIES).items() if weight > 0}

@@ -20,7 +20,7 @@ from sparsekv.training.fit_output import save_fitted
 from sparsekv.training.fit_regression import Progress, SampleReader, fit_regression, latest_checkpoint
 from sparsekv.training.fit_report import center, judge
 from sparsekv.training.output import METRICS_FILE
-from sparsekv.training.setup import with_dtype, with_predictors
+from sparsekv.training.setup import check_fits_model, with_dtype, with_predictors
 
 
 class Fitted(NamedTuple):
@@ -53,6 +53,7 @@ def run_fit(
     check_output_dir(output)
     checkpoint = latest_checkpoint(config, say) if config.way == "regression" else None
     trained = run_training(config.train_config(), progress=say) if config.way == "end_to_end" else None
+    check_fits_model(config)
     model, tokenizer = load_model(
         config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
+from sparsekv.models.load import load_config
 from sparsekv.models.placement import resolve_device, resolve_dtype
 from sparsekv.policies.base import Policy
 from sparsekv.policies.soft import SoftThreshold
@@ -43,6 +44,22 @@ def with_dtype(config: AnyConfig) -> AnyConfig:
     wanted = config.weights_dtype if isinstance(config, TrainConfig) else config.dtype
     dtype = resolve_dtype(wanted, resolve_device(config.device))
     return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+
+
+def check_fits_model(config: TrainConfig | FitConfig) -> None:
+    """Whether the model can read the sequences of a config's data; reads no weights.
+
+    Raises
+    ------
+    ConfigError
+        If some are longer than the model was made for, or there is no such model.
+    """
+    limit = architecture.max_context(load_config(config.model, trust_remote_code=config.trust_remote_code))
+    for part in config.data.mix or [config.data]:
+        if part.length > limit:
+            raise ConfigError(
+                f"data.{part.length_field} is {part.length} tokens, the model allows {limit}; give at most so many"
+            )
 
 
 def policy_of(press: Any) -> Policy:
