@@ -223,11 +223,12 @@ def test_a_methods_arguments_stand_in_the_terminal_table() -> None:
     assert "snapkv[window_size=8]" in console.export_text()
 
 
-def test_a_task_named_like_an_end_of_style_is_shown_in_the_terminal() -> None:
+def test_names_that_look_like_styles_are_shown_in_the_terminal() -> None:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(to_rich(summarize([row("knorm", 0.5, "[/b]", 3.0)]), 120))
+    console.print(to_rich(summarize([row("knorm", 0.5, "[bold]", 3.0)]), 120))
     console.print(Grid("title", ("[/b]", "n"), [("x", "1")], left=1).rich(120))
-    assert console.export_text().count("[/b]") == 2
+    text = console.export_text()
+    assert "[bold]" in text and "[/b]" in text
 
 
 @pytest.mark.parametrize("width", [80, 200])
