@@ -182,7 +182,11 @@ def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     cache.unfinished = Unfinished.of(cache)
     if cache.real is None or kwargs.get("position_ids") is not None or len(args) > 2:
         return None
-    positions = (cache.real.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    total = cache.seen + new.shape[1]
+    real = nn.functional.pad(
+        cache.real, (0, total - cache.real.shape[1]), value=True
+    )  # no 2-D mask: no new padding
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
     return args, kwargs | {"position_ids": positions.to(new.device)}
 
 

@@ -85,6 +85,17 @@ def test_positions_that_are_not_given_leave_out_padding(method: str) -> None:
     torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-4)
 
 
+def test_positions_go_on_after_a_mask_of_another_shape() -> None:
+    """It says nothing of padding: the new tokens have none."""
+    ids, mask, model = some_ids(), padded_mask(), prepare(tiny_model("llama"))
+    cache = compress(model, ids[:, :T], "full", attention_mask=mask[:, :T])
+    alone = compress(model, ids[:1, :T], "full")
+    seen = torch.ones(2, 1, TOTAL - T, TOTAL, dtype=torch.bool).tril(T)
+    logits = model(ids[:, T:], past_key_values=cache, attention_mask=seen).logits[:1]
+    expected = model(ids[:1, T:], past_key_values=alone).logits
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-4)
+
+
 def test_a_selection_that_does_not_name_padding_stores_none() -> None:
     """What is compacted is always seen: no mask could hide it again."""
     ids, mask, model = some_ids(), padded_mask(), prepare(tiny_model("llama"))

@@ -15,6 +15,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.relevance import RelevanceConfig, attach_relevance
 from sparsekv.relevance.files import save_relevance
 from sparsekv.training.build import build_trainer, run_training
+from sparsekv.training.checkpoints import seal
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import read_training_config
 from toy import save_toy_model, tiny_model
@@ -149,6 +150,10 @@ def test_a_run_records_its_dtype_and_does_not_go_on_in_another(
     with pytest.raises(ConfigError, match="is of another config: dtype was 'float32', now 'bfloat16'"):
         run_training(run)
     run_training(config(model, tmp_path / "run", dtype="float32", save_every=1))
+    for file in (tmp_path / "run").glob("checkpoint-*/training_config.json"):  # as an older version wrote it
+        file.write_text(file.read_text().replace('"dtype": "float32"', '"dtype": "auto"'))
+        seal(file.parent)
+    run_training(run)
 
 
 def on_machine(monkeypatch: pytest.MonkeyPatch, *, bf16: bool) -> None:
@@ -157,18 +162,21 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, *, bf16: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "judged", "told"),
     [
-        ({"kind": "text", "seq_len": 9000}, r"data\.seq_len is 9000 tokens, the model allows 8192"),
-        ({"kind": "selfsup", "context_tokens": 9000}, r"data\.context_tokens is 9000 tokens"),
+        ({"kind": "text", "seq_len": 9000}, None, r"data\.seq_len is 9000 tokens, the model allows 8192"),
+        ({"kind": "text", "seq_len": 64}, {"kind": "text", "seq_len": 9000}, r"eval_data\.seq_len is 9000"),
+        ({"kind": "selfsup", "context_tokens": 9000}, None, r"data\.context_tokens is 9000 tokens"),
         (
             {"mix": [{"kind": "text", "seq_len": 64}, {"kind": "text", "seq_len": 8193}]},
+            None,
             r"seq_len is 8193 tokens",
         ),
     ],
 )
 def test_sequences_that_the_model_can_not_read_are_refused(
-    data: dict[str, Any], told: str, model: Path, tmp_path: Path
+    data: dict[str, Any], judged: dict[str, Any] | None, told: str, model: Path, tmp_path: Path
 ) -> None:
+    held_out = {"eval_data": judged, "eval_every": 1} if judged else {}
     with pytest.raises(ConfigError, match=told):
-        build_trainer(config(model, tmp_path, data=data))
+        build_trainer(config(model, tmp_path, data=data, **held_out))

@@ -51,6 +51,14 @@ def test_an_optimizer_made_before_what_is_trained_is_refused(given, held, tmp_pa
         trainer_for(tmp_path, model=model, optimizers=(optimizer, None), **given)
 
 
+def test_an_optimizer_of_a_part_of_the_given_model_is_the_callers_right(tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)
+    kept, moved = model.model.norm.weight.detach().clone(), model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    trainer_for(tmp_path, model=model, lora=None, press=PRESS, optimizers=(optimizer, None)).train()
+    assert torch.equal(model.model.norm.weight, kept) and not torch.equal(model.lm_head.weight, moved)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_optimizer_of_all_that_is_trained_is_used(wrapped, tmp_path):
     model = with_adapter() if wrapped else tiny_model("llama", num_hidden_layers=2)
@@ -147,20 +155,26 @@ def rows(*lengths: int, boundary: int = 0) -> list[dict[str, Any]]:
         ({"press": press_that_keeps(44), "dropping": STREAMING}, 45),
         ({"press": EvictionAugPress([sinks(30), sinks(20)])}, 34),
         ({"relaxation": Relaxation(n_sink=4, n_recent=20)}, 34),
-        ({"press": sinks(2), "press_share": 0.5, "relaxation": Relaxation(n_sink=4, n_recent=20)}, 34),
+        ({"press": sinks(20), "press_share": 0.5, "relaxation": Relaxation(n_sink=4, n_recent=32)}, 34),
     ],
     ids=["press", "streaming", "streaming, many kept", "one of several", "predictors", "both"],
 )
 def test_samples_that_are_too_short_to_lose_anything_are_refused(given, least, tmp_path):
-    with pytest.raises(ConfigError, match=r"train_dataset: .* nothing would ever be dropped"):
+    with pytest.raises(ConfigError, match=r"train_dataset: .* nothing would be dropped"):
         trainer_for(tmp_path, train_dataset=rows(*range(10, least)), **given)
     # one sample among many is enough
     trainer_for(tmp_path, train_dataset=rows(*range(10, least + 1)), **given)
 
 
+def test_long_samples_are_found_where_short_ones_take_turns(tmp_path):
+    trainer_for(tmp_path, train_dataset=rows(*[10, 60] * 200), press=press_that_keeps(24))
+
+
 def test_the_boundary_of_a_sample_bounds_its_context(tmp_path):
     press = press_that_keeps(24)
-    with pytest.raises(ConfigError, match="has 24, and 24 sink and recent ones"):
+    with pytest.raises(
+        ConfigError, match=r"has 24 \(1 of 1 samples looked at\), and 24 sink and recent ones"
+    ):
         trainer_for(tmp_path, train_dataset=rows(90, boundary=24), press=press)
     for boundary in (24, 25):
         drawn = DroppingConfig(boundary="random" if boundary == 24 else "end")

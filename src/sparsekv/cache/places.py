@@ -376,6 +376,8 @@ class Places:
 
     def pack(self) -> None:
         """Leave no hole: all entries move to consecutive places, in their order."""
+        if not self.fill.size:
+            return
         self._move(self._kept_first(self.slot != NONE, self.page_size), 1, np.ones(len(self.fill), bool))
 
     @staticmethod

@@ -35,7 +35,7 @@ CONFIG = Advice(
     full_in_chunks="remove it, or set truncate: true without chunk",
     no_chunk="remove chunk",
     budget="compression_ratios or budget_tokens",
-    shorter_window="give another method or a smaller window_size in its args",
+    shorter_window="give another method, or smaller sizes in its args",
 )
 OPTIONS = Advice(
     example="--file",

@@ -88,7 +88,7 @@ def _run(
     cache = DynamicCache()
     inputs = {"context_ids": prompt.context_ids, "questions_ids": [prompt.question_ids]}
     press = policy.press(budget)
-    with torch.no_grad(), refusing(press, policy.name):
+    with torch.no_grad(), refusing(press, policy.name, alone=False):
         (text,) = pipeline._forward(inputs, max_new_tokens=max_new_tokens, press=press, cache=cache)
     return text, recorder.token_ids, cache
 

@@ -316,10 +316,8 @@ class LayerPolicy(Policy):
 
     def too_short_for(self, context: str) -> str:
         """Why a context can't be scored, in words; `context` says which it is, and how long."""
-        why = (
-            "its window_size of {}" if self.too_short == (self.window or 0) else "the {} that it never drops"
-        )
-        return f"{context}, method {self.name} needs more than {why.format(self.too_short)}"
+        least = f"its window_size of {self.too_short}" if self.too_short == self.window else self.too_short
+        return f"{context}, method {self.name} needs more than {least}"
 
     soft: ClassVar[bool] = False
     """True if `weigh_layer` exists: training hides by weights through which gradients flow, not by a choice."""

@@ -50,17 +50,11 @@ from sparsekv.policies.press_copies import (
 )
 from sparsekv.policies.press_rows import kept_rows
 
-_REFUSALS = (
-    AssertionError,
-    ValueError,
-    NotImplementedError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    IndexError,
-)
-"""How kvpress refuses an input (a context shorter than its window, eager attention, ...), and what arguments that it
-doesn't check end in."""
+_WORDS = (AssertionError, ValueError, NotImplementedError)
+"""How kvpress refuses an input: a context shorter than its window, eager attention, ..."""
+
+_REFUSALS = (*_WORDS, TypeError, RuntimeError, ArithmeticError, IndexError)
+"""The same, and what arguments that it doesn't check end in."""
 
 _MACHINE = ("out of memory", "can't allocate memory", "CUDA error")
 """In the words of a RuntimeError that no argument is to blame for."""
@@ -83,17 +77,22 @@ def window_size(press: BasePress) -> int:
 
 
 @contextmanager
-def refusing(press: BasePress, name: str, row: LayerContext | None = None) -> Iterator[None]:
+def refusing(
+    press: BasePress, name: str, row: LayerContext | None = None, *, alone: bool = True
+) -> Iterator[None]:
     """Run a press inside: what it raises becomes a ConfigError that names the method and its arguments.
 
-    With `row`, what it reads, a part of a context that is no longer than its window is told so. Errors of this package
-    stay as they are, and so do those of the machine: no memory left, a GPU that fails.
+    `alone`: nothing but the press runs; else a model does too, whose failures aren't the press's. With `row`, what it
+    reads, a part of a context that is no longer than its window is told so. Errors of this package stay as they are,
+    and so do those of the machine: no memory left, a GPU that fails.
     """
     try:
         yield
     except SparseKVError:
         raise
     except _REFUSALS as error:
+        if not (alone or isinstance(error, _WORDS)):
+            raise
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _MACHINE):
             raise
         short = row is not None and row.hidden_states.shape[1] <= window_size(press)

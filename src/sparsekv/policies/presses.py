@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from math import isfinite
+from math import isnan
+from numbers import Integral, Real
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -165,7 +166,7 @@ def _build(spec: PressSpec, args: dict[str, Any], name: str) -> BasePress:
     given = dict(spec.args)
     given.update({key: args.pop(key) for key in _parameters(cls, inner_field) if key in args})
     for key, value in given.items():
-        _check_argument(name, key, value, inspect.signature(cls).parameters[key].annotation)
+        _check_argument(name, value, inspect.signature(cls).parameters[key])
     inner = [_build(part, args, name) for part in spec.inner]
     if inner_field == "presses":
         given["presses"] = inner
@@ -180,16 +181,25 @@ def _build(spec: PressSpec, args: dict[str, Any], name: str) -> BasePress:
 
 
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number >= 0", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0),
-    "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v)),
+    "int": (
+        "a whole number >= 0",
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 0,
+    ),
+    "float": ("a number", lambda v: isinstance(v, Real) and not isinstance(v, bool) and not isnan(float(v))),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a text", lambda v: isinstance(v, str)),
 }
 """Annotation of a press's argument -> what is allowed, in words, and the test. No count of a press may be negative."""
 
 
-def _check_argument(method: str, field: str, value: Any, annotation: Any) -> None:
-    """Raise a ConfigError for a value that its annotation excludes, which kvpress itself doesn't look at."""
+def _check_argument(method: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raise a ConfigError for a value that its annotation excludes, which kvpress itself doesn't look at.
+
+    The default is never wrong, whatever its annotation says.
+    """
+    field, annotation = parameter.name, parameter.annotation
+    if value is parameter.default:
+        return
     kinds = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
         if value not in kinds:

@@ -215,6 +215,8 @@ def check_settings(checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, A
         Names the first key that differs, in the order of `new`, with both values.
     """
     old, new = dict(_flat(old)), dict(_flat(new))
+    if old.get("dtype") == "auto":  # a run records what that means by now; one that began earlier may go on
+        old["dtype"] = new.get("dtype")
     keys = [key for key in dict.fromkeys([*new, *old]) if not {key, re.split(r"[.\[]", key)[0]} & FREE_KEYS]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:

@@ -104,7 +104,7 @@ class TrainMethodConfig(_Dropping):
     budget_scope: Literal["head", "layer"] = "head"
 
 
-OBJECTIVES = ("standard_lm", "sparse_lm", "reconstruction", "eit", "mixed")
+OWN_OBJECTIVES = ("standard_lm", "sparse_lm", "reconstruction", "eit", "mixed")
 """The objectives of this package (`training.objectives.OBJECTIVES`, which can't be imported without torch)."""
 
 _OWN_ARGS = {"eit": ("lambda_kl", "temperature"), "sparse_lm": ("sparsity_weight",)}
@@ -134,10 +134,8 @@ class ObjectiveConfig(Strict):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> ObjectiveConfig:
         parts = list(self.weights) or [self.name]
-        for name in (
-            self.name,
-            *parts,
-        ):  # first: what belongs to a misspelled name would be the wrong complaint
+        # first: what belongs to a misspelled name would be the wrong complaint
+        for name in [self.name, *parts]:
             _check_objective(name)
         if (self.name == "mixed") != bool(self.weights):
             given = "no weights" if self.name == "mixed" else f"weights {self.weights}"
@@ -180,10 +178,10 @@ class ObjectiveConfig(Strict):
 
 def _check_objective(name: str) -> None:
     """Raise a ConfigError for an objective that neither this package nor a user has registered."""
-    if name not in OBJECTIVES:
-        from sparsekv.training.objectives import OBJECTIVES as REGISTERED
+    if name not in OWN_OBJECTIVES:
+        from sparsekv.training.objectives import OBJECTIVES
 
-        REGISTERED.get(name)
+        OBJECTIVES.get(name)
 
 
 class CurriculumConfig(Named):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -174,8 +175,13 @@ def prepare_arguments(args: TrainingArguments, *, idle_predictors: bool) -> None
     args.remove_unused_columns = False
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Whether a given optimizer (None: Trainer makes one) moves all that is to be trained.
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, before: Set[int]) -> None:
+    """Whether a given optimizer (None: Trainer makes one) moves what was added to the model to be trained.
+
+    Parameters
+    ----------
+    before : ids of the parameters that the model had when it was given; to train some of these alone is the caller's
+        right
 
     Raises
     ------
@@ -186,7 +192,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    missed = [name for name, parameter in trained.items() if id(parameter) not in held]
+    missed = [name for name, parameter in trained.items() if id(parameter) not in held | before]
     if missed:
         raise ConfigError(
             f"optimizers: the given optimizer holds {len(trained) - len(missed)} of {len(trained)} trainable "
@@ -197,20 +203,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
 
 
 def always_kept(policy: Policy | None, relaxation: Relaxation | None) -> int:
-    """The longest context of which nothing is ever dropped, by the press or by the predictors: sinks and recent ones.
+    """The longest context of which nothing is ever dropped: sinks and recent ones.
 
-    Of several methods that a press draws from, the one that keeps least counts.
+    Of the predictors and the press, and of several methods that a press draws from, the one that keeps least counts.
     """
-    sizes = [] if policy is None else [min(one.always_kept for one in getattr(policy, "policies", (policy,)))]
+    sizes = [] if policy is None else [one.always_kept for one in getattr(policy, "policies", (policy,))]
     if relaxation is not None:
         sizes.append(relaxation.n_sink + relaxation.n_recent)
-    return max(sizes, default=0)
+    return min(sizes, default=0)
 
 
 def check_lengths(dataset: Any, dropping: DroppingConfig, kept: int) -> None:
     """Whether some context of a data set is longer than what always stays of it.
 
-    Looks at samples from all over the data set, as far as the first that is; not at streams, which may be read once.
+    Looks at samples drawn from all over the data set, as far as the first that is; not at streams, which may be read
+    once.
 
     Parameters
     ----------
@@ -219,19 +226,21 @@ def check_lengths(dataset: Any, dropping: DroppingConfig, kept: int) -> None:
     Raises
     ------
     ConfigError
-        If none is: nothing would be dropped at any ratio.
+        If none of those looked at is: nothing would be dropped at any ratio.
     """
     if not isinstance(dataset, Samples):
         return
-    longest = 0
-    for index in range(0, len(dataset), -(-len(dataset) // _LOOKED_AT)):
+    longest, looked_at = 0, min(len(dataset), _LOOKED_AT)
+    # drawn: every so many-th could be all of one kind where several take turns
+    for index in random.Random(0).sample(range(len(dataset)), looked_at):
         longest = max(longest, _longest_context(dataset[index], dropping))
         if longest > kept:
             return
     way = f"window {dropping.window}" if dropping.way == "streaming" else "a boundary"
     raise ConfigError(
-        f"train_dataset: with {way}, the longest context that could lose entries has {longest}, and {kept} sink and "
-        "recent ones always stay: nothing would ever be dropped; give longer samples, or a smaller n_sink and n_recent"
+        f"train_dataset: with {way}, the longest context that could lose entries has {longest} ({looked_at} of "
+        f"{len(dataset)} samples looked at), and {kept} sink and recent ones always stay: nothing would be dropped; "
+        "give longer samples, or a smaller n_sink and n_recent"
     )
 
 

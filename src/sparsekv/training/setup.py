@@ -47,7 +47,9 @@ def with_dtype(config: AnyConfig) -> AnyConfig:
 
 
 def check_fits_model(config: TrainConfig | FitConfig) -> None:
-    """Whether the model can read the sequences of a config's data; reads no weights.
+    """Whether the model can read the sequences, or the contexts, of a config's data; reads no weights.
+
+    Not of question answering, where `seq_len` only says which rows are too long to be used.
 
     Raises
     ------
@@ -55,11 +57,11 @@ def check_fits_model(config: TrainConfig | FitConfig) -> None:
         If some are longer than the model was made for, or there is no such model.
     """
     limit = architecture.max_context(load_config(config.model, trust_remote_code=config.trust_remote_code))
-    for part in config.data.mix or [config.data]:
-        if part.length > limit:
-            raise ConfigError(
-                f"data.{part.length_field} is {part.length} tokens, the model allows {limit}; give at most so many"
-            )
+    for field, data in (("data", config.data), ("eval_data", config.eval_data)):
+        for part in [] if data is None else data.mix or [data]:
+            if part.kind != "qa" and part.length > limit:
+                told = f"{field}.{part.length_field} is {part.length} tokens"
+                raise ConfigError(f"{told}, the model allows {limit}; give at most so many")
 
 
 def policy_of(press: Any) -> Policy:

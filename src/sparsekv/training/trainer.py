@@ -176,6 +176,7 @@ class SparseKVTrainer(ResumableTrainer):
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
         forbid_reentrant(args, model)
+        before = {id(parameter) for parameter in model.parameters()}
         # Not in a press's steps, and not in those of a soft one while its ratio is 0.
         prepare_arguments(args, idle_predictors=trains_predictors and press is not None)
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
@@ -225,7 +226,7 @@ class SparseKVTrainer(ResumableTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        check_optimizer(self.optimizer, self.model)
+        check_optimizer(self.optimizer, self.model, before)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 "several GPUs in one process (DataParallel) are not supported: start with torchrun"
