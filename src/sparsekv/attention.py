@@ -183,9 +183,8 @@ def _announce_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if cache.real is None or kwargs.get("position_ids") is not None or len(args) > 2:
         return None
     total = cache.seen + new.shape[1]
-    real = nn.functional.pad(
-        cache.real, (0, total - cache.real.shape[1]), value=True
-    )  # no 2-D mask: no new padding
+    # wider than what is known only where the mask is not 2-D: it tells of no new padding
+    real = nn.functional.pad(cache.real, (0, total - cache.real.shape[1]), value=True)
     positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
     return args, kwargs | {"position_ids": positions.to(new.device)}
 

@@ -417,6 +417,6 @@ def _next_tokens(model: Any, cache: SparseCache, ids: Tensor) -> Tensor:
     arguments: dict[str, Any] = {}
     if cache.real is not None:
         mask = nn.functional.pad(cache.real_columns(), (0, ids.shape[1]), value=True).long().to(ids.device)
-        arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -ids.shape[1] :]}
+        arguments = {"attention_mask": mask}
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments).logits
     return logits[:, -1].argmax(dim=-1, keepdim=True)

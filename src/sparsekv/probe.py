@@ -67,9 +67,7 @@ def run_decoder(
         )
     arguments = dict(kwargs)
     if attention_mask is not None and not bool(attention_mask.all()):
-        mask = attention_mask.long()
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        arguments |= {"attention_mask": mask, "position_ids": positions[:, -input_ids.shape[1] :]}
+        arguments["attention_mask"] = attention_mask.long()  # positions follow from it: `prepare`
     return decoder(input_ids=input_ids, past_key_values=cache, use_cache=True, **arguments).last_hidden_state
 
 

@@ -31,8 +31,14 @@ def prompt(toy_tokenizer: Any) -> Prompt:
 def one(method: dict[str, Any], **changes: Any) -> Setting:
     config = {"model": "toy", "benchmarks": [{"name": "ruler"}], "methods": [method]}
     (setting,) = settings(parse_config(EvalConfig, config | changes))
-    assert isinstance(setting.policy(), NativePolicy)
+    policy_of(setting)
     return setting
+
+
+def policy_of(setting: Setting) -> NativePolicy:
+    policy = setting.policy()
+    assert isinstance(policy, NativePolicy)
+    return policy
 
 
 CASES = [
@@ -55,8 +61,7 @@ def test_the_answer_is_that_of_kvpress_pipeline(
     setting = one(method, **changes)
     (reply,) = Answerer(tiny_model("llama"), toy_tokenizer, 0, 8192).answer(prompt, [setting])
     pipeline = KVPressTextGenerationPipeline(model=tiny_model("llama"), tokenizer=toy_tokenizer)
-    policy = setting.policy()
-    assert isinstance(policy, NativePolicy)
+    policy = policy_of(setting)
     expected = pipeline(
         CONTEXT,
         question="Who paid?",
@@ -91,8 +96,7 @@ def test_native_times_leave_the_stop_rule_as_it_was(
     setting = one(CASES[1][0], **CASES[1][1])
     model = tiny_model("llama")
     model.generation_config.eos_token_id = 7
-    policy = setting.policy()
-    assert isinstance(policy, NativePolicy)
+    policy = policy_of(setting)
     seconds, rate = native_times(model, toy_tokenizer, prompt, policy, setting.budget, 4)
     assert seconds > 0 and rate > 0
     assert model.generation_config.eos_token_id == 7
@@ -118,8 +122,7 @@ def test_native_times_are_of_one_answer(
     hook = model.model.register_forward_pre_hook(spend, with_kwargs=True)
     monkeypatch.setattr(native, "time", SimpleNamespace(perf_counter=lambda: sum(passes)))
     setting = one(method, **changes)
-    policy = setting.policy()
-    assert isinstance(policy, NativePolicy)
+    policy = policy_of(setting)
     try:
         seconds, rate = native_times(model, toy_tokenizer, prompt, policy, setting.budget, 4)
     finally:

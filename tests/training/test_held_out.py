@@ -11,12 +11,12 @@ from transformers import TrainingArguments
 from sparsekv import Budget, FullPress, SinkRecentPress, compress
 from sparsekv.errors import ConfigError
 from sparsekv.relevance.predictor import relevance_modules
-from sparsekv.training import AdaptiveCurriculum, LinearCurriculum, SparseKVTrainer
+from sparsekv.training import LinearCurriculum, SparseKVTrainer
 from sparsekv.training.held_out import StreamShare, share_of
 from sparsekv.training.relaxation import Relaxation
 from toy import tiny_model, toy_tokenizer
 from training.ddp_worker import samples
-from training.toy_trainer import trainer_for
+from training.toy_trainer import Listening, trainer_for
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -81,16 +81,10 @@ def test_data_without_a_label_after_the_boundary_has_no_perplexity(nothing, tmp_
 
 def test_several_held_out_sets_are_judged_by_name_and_the_first_is_heard(tmp_path):
     """Each as if it were alone, and all at the ratio of the step, whatever the first one makes of it."""
-    heard = []
-
-    class Listening(AdaptiveCurriculum):
-        def observe(self, metric: float) -> None:
-            heard.append(metric)
-            super().observe(metric)
-
     sets = {"long": samples(5), "short": [{"text": "A few words, and then a few more of them."}]}
     changes = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     curriculum = Listening(start_ratio=0.4, tolerance=1e3)
+    heard = curriculum.heard
     press = SinkRecentPress(n_sink=2)
     trainer = trainer_for(tmp_path, changes, press=press, curriculum=curriculum, eval_dataset=sets)
     together = trainer.evaluate()

@@ -19,7 +19,6 @@ from sparsekv.models import load_model
 from sparsekv.relevance import RelevanceConfig, attach_relevance, has_relevance, relevance_modules
 from sparsekv.selection import NEVER
 from sparsekv.training import (
-    AdaptiveCurriculum,
     AnchorConfig,
     EITConfig,
     EITObjective,
@@ -33,7 +32,7 @@ from sparsekv.training.dropping import resolve_boundaries, row_seeds
 from sparsekv.training.relaxation import Relaxation
 from toy import save_toy_model, tiny_model, toy_tokenizer
 from training.ddp_worker import samples
-from training.toy_trainer import LORA, arguments, first_step, trainer_for
+from training.toy_trainer import LORA, Listening, arguments, first_step, trainer_for
 
 
 def test_the_snippet_of_the_readme(tmp_path):
@@ -289,16 +288,10 @@ def test_what_would_train_nothing_is_refused(given, message, tmp_path):
 
 
 def test_held_out_perplexity_is_that_of_what_follows_the_boundary(tmp_path):
-    heard = []
-
-    class Listening(AdaptiveCurriculum):
-        def observe(self, metric: float) -> None:
-            heard.append(metric)
-            super().observe(metric)
-
     held_out = samples(5)
     press = sparsekv.SinkRecentPress(n_sink=2)
     curriculum = Listening(start_ratio=0.6)
+    heard = curriculum.heard
     trainer = trainer_for(tmp_path, press=press, eval_dataset=held_out, curriculum=curriculum)
     trainer.evaluate()
     assert heard == [], "only training listens"

@@ -8,12 +8,24 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sparsekv.training import SparseKVTrainer
+from sparsekv.training import AdaptiveCurriculum, SparseKVTrainer
 from sparsekv.training.config_parts import LoraOptions
 from toy import tiny_model, toy_tokenizer
 from training.ddp_worker import samples
 
 LORA = LoraOptions(r=2, alpha=4)
+
+
+class Listening(AdaptiveCurriculum):
+    """Notes in `heard` what it is told."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.heard: list[float] = []
+
+    def observe(self, metric: float) -> None:
+        self.heard.append(metric)
+        super().observe(metric)
 
 
 def arguments(folder: Any, **changes: Any) -> TrainingArguments:

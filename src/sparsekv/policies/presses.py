@@ -165,8 +165,9 @@ def _build(spec: PressSpec, args: dict[str, Any], name: str) -> BasePress:
     inner_field = row.inner if row else ""
     given = dict(spec.args)
     given.update({key: args.pop(key) for key in _parameters(cls, inner_field) if key in args})
+    parameters = inspect.signature(cls).parameters
     for key, value in given.items():
-        _check_argument(name, value, inspect.signature(cls).parameters[key])
+        _check_argument(name, value, parameters[key])
     inner = [_build(part, args, name) for part in spec.inner]
     if inner_field == "presses":
         given["presses"] = inner
