@@ -195,6 +195,8 @@ class LayerIndex:
         """Where the entries lie, all puts entered."""
         if self._waiting is not None:
             (request, slots), self._waiting = self._waiting, None
+            self._places.fit(*request.shape)
+            self._places.make_room(request.counts)
             self._places.insert(request, slots)
         return self._places
 
@@ -210,11 +212,11 @@ class LayerIndex:
     def append(self, request: Request, slots: Ints) -> None:
         """Put the entries of a request, which may be put (`Places.check_new`) and lie in `slots`."""
         places = self.places
-        places.fit(*request.shape)
-        holes = places.holes(request.counts)
-        if holes.any():
-            self.pages.reorder(places.squeeze(holes))
-        places.make_room(request.counts)
+        if places.fill.size:  # something was put before
+            places.fit(*request.shape)
+            holes = places.holes(request.counts)
+            if holes.any():
+                self.pages.reorder(places.squeeze(holes))
         self._waiting = request.copy(), slots
 
     def pack(self) -> None:

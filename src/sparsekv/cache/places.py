@@ -268,10 +268,10 @@ class Places:
             for first, last in spans:
                 counts[first // self.slot.shape[2]] += last - first
             slots, columns = (
-                np.concatenate([array.reshape(-1)[a:b] for a, b in spans])
-                for array in (self.slot, self.column)
+                np.concatenate([array.reshape(-1)[a:b] for a, b in spans], dtype=dtype)
+                for array, dtype in ((self.slot, np.int32), (self.column, np.int64))
             )
-            return which, counts.reshape(rows, heads), columns.astype(np.int64), slots
+            return which, counts.reshape(rows, heads), columns, slots
         slots = self.slot.reshape(-1, self.page_size)[which]
         columns = self.column.reshape(-1, self.page_size)[which]
         held = slots != NONE
@@ -284,13 +284,19 @@ class Places:
         None if they lie so scattered that it is quicker to name them one by one.
         """
         pages, size = self.shape[2], self.page_size
-        starts = np.flatnonzero((which[1:] - which[:-1] != 1) | (which[1:] % pages == 0)) + 1
+        starts = np.flatnonzero(which[1:] - which[:-1] != 1) + 1
+        heads = np.searchsorted(which, np.arange(1, self.fill.size) * pages)  # where the pages of each begin
         if not len(which) or len(starts) >= _MOST_SPANS:
             return None
-        edges = [0, *starts.tolist(), len(which)]
+        edges = sorted({0, *starts.tolist(), *heads.tolist(), len(which)})
+        ends = [at * pages * size + n for at, n in enumerate(self.fill.reshape(-1).tolist())]
+        nothing_left = self.n_entries == int(self.fill.sum())
         spans = []
         for a, b in pairwise(edges):
             first, last = int(which[a]) * size, (int(which[b - 1]) + 1) * size
+            if nothing_left:  # so that what was put fills its places, and nobody needs to look
+                spans.append((first, max(first, min(last, ends[int(which[a]) // pages]))))
+                continue
             holes = np.flatnonzero(self.slot.reshape(-1)[first:last] == NONE)
             if len(holes) and int(holes[0]) < last - first - len(holes):  # not only where the last page ends
                 return None
