@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,6 +78,27 @@ def test_keep_ratios_are_converted() -> None:
     adaptive = make_curriculum("adaptive", initial_keep_ratio=0.9, min_keep_ratio=0.3, baseline=10.0)
     assert isinstance(adaptive, AdaptiveCurriculum)
     assert (adaptive.start_ratio, adaptive.max_ratio) == (0.1, 0.7)
+
+
+def test_classes_take_keep_ratios_too() -> None:
+    kinds: dict[str, Any] = {CURRICULA.get(name).__name__: CURRICULA.get(name) for name in CURRICULA}
+    for name in ("LinearCurriculum", "CosineCurriculum", "SpreadCurriculum"):
+        made = kinds[name](start_keep_ratio=0.9, end_keep_ratio=0.3, warmup_steps=100)
+        assert made == kinds[name](start_ratio=0.1, end_ratio=0.7, warmup_steps=100)
+        assert copy.deepcopy(made) == made
+    assert kinds["FixedCurriculum"](keep_ratio=0.25).ratio(0, 1) == 0.75
+    assert at(kinds["StepCurriculum"]([0, 5], keep_ratios=[1.0, 0.4]), 0, 5) == [0.0, 0.6]
+    adaptive = kinds["AdaptiveCurriculum"](initial_keep_ratio=0.9, min_keep_ratio=0.3)
+    assert (adaptive.start_ratio, adaptive.max_ratio) == (0.1, 0.7)
+    assert list(inspect.signature(LinearCurriculum).parameters) == [
+        "start_ratio",
+        "end_ratio",
+        "warmup_steps",
+    ]
+    with pytest.raises(ConfigError, match="curriculum cosine: end_ratio is given twice"):
+        kinds["CosineCurriculum"](end_ratio=0.7, min_keep_ratio=0.3)
+    with pytest.raises(TypeError, match="keep_ratio"):
+        kinds["LinearCurriculum"](keep_ratio=0.3)
 
 
 @pytest.mark.parametrize(

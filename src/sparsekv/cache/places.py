@@ -267,10 +267,8 @@ class Places:
             counts = np.zeros(rows * heads, np.int64)
             for first, last in spans:
                 counts[first // self.slot.shape[2]] += last - first
-            slots, columns = (
-                np.concatenate([array.reshape(-1)[a:b] for a, b in spans], dtype=dtype)
-                for array, dtype in ((self.slot, np.int32), (self.column, np.int64))
-            )
+            slots = np.concatenate([self.slot.reshape(-1)[a:b] for a, b in spans])
+            columns: Ints = np.concatenate([self.column.reshape(-1)[a:b] for a, b in spans], dtype=np.int64)
             return which, counts.reshape(rows, heads), columns, slots
         slots = self.slot.reshape(-1, self.page_size)[which]
         columns = self.column.reshape(-1, self.page_size)[which]

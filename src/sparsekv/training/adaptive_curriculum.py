@@ -8,8 +8,10 @@ from typing import Any
 
 from sparsekv.errors import ConfigError
 from sparsekv.training.curriculum import Curriculum, check_keys, checked_ratio
+from sparsekv.training.keep_ratios import takes_keep_ratios
 
 
+@takes_keep_ratios
 class AdaptiveCurriculum(Curriculum):
     """Searches the largest ratio at which held-out perplexity stays within a tolerance of a FIXED baseline.
 

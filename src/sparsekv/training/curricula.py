@@ -3,6 +3,10 @@
     ratio(step, total_steps)    the fraction of entries to REMOVE at an optimizer step, in [0, 1)
     observe(metric)             held-out perplexity UNDER EVICTION at the present ratio; the adaptive one listens
 
+All of them take keep ratios, the fraction that STAYS, in (0, 1], for their ratios: `initial_keep_ratio` or
+`start_keep_ratio` for start_ratio, `min_keep_ratio` or `end_keep_ratio` for end_ratio (adaptive: max_ratio),
+`keep_ratio`, `keep_ratios` (`keep_ratios.py`).
+
 ratio
   |            ______   LinearCurriculum(start_ratio, end_ratio, warmup_steps)
   |        __/
@@ -21,10 +25,10 @@ from itertools import pairwise
 from typing import Any
 
 from sparsekv.errors import ConfigError, unknown
-from sparsekv.policies.budget import removed_fraction
 from sparsekv.registry import Registry
 from sparsekv.training.adaptive_curriculum import AdaptiveCurriculum
 from sparsekv.training.curriculum import Curriculum, checked_ratio
+from sparsekv.training.keep_ratios import as_removed, takes_keep_ratios
 
 __all__ = [
     "CURRICULA",
@@ -36,7 +40,6 @@ __all__ = [
     "SpreadCurriculum",
     "StepCurriculum",
     "make_curriculum",
-    "removed_fraction",
 ]
 
 CURRICULA: Registry[type[Curriculum]] = Registry("curriculum")
@@ -44,18 +47,9 @@ CURRICULA.register("adaptive", AdaptiveCurriculum)
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-_KEEP_SPELLINGS = {
-    "initial_keep_ratio": ("start_ratio",),
-    "start_keep_ratio": ("start_ratio",),
-    "min_keep_ratio": ("end_ratio", "max_ratio"),
-    "end_keep_ratio": ("end_ratio", "max_ratio"),
-    "keep_ratio": ("ratio",),
-    "keep_ratios": ("ratios",),
-}
-"""A keep ratio (fraction that STAYS) and the ratios it may stand for, the first that the curriculum has."""
-
 
 @CURRICULA.register("fixed", aliases=("constant",))
+@takes_keep_ratios
 class FixedCurriculum(Curriculum):
     """The same `ratio`, a float in [0, 1), at every step."""
 
@@ -91,6 +85,7 @@ class _Ramp(Curriculum):
 
 
 @CURRICULA.register("linear")
+@takes_keep_ratios
 @dataclass(frozen=True)
 class LinearCurriculum(_Ramp):
     """A straight line from one ratio to another, which may be lower.
@@ -116,6 +111,7 @@ class LinearCurriculum(_Ramp):
 
 
 @CURRICULA.register("cosine")
+@takes_keep_ratios
 @dataclass(frozen=True)
 class CosineCurriculum(_Ramp):
     """Half a cosine from one ratio to another: slow at both ends. Parameters as for LinearCurriculum."""
@@ -131,6 +127,7 @@ class CosineCurriculum(_Ramp):
 
 
 @CURRICULA.register("spread")
+@takes_keep_ratios
 @dataclass(frozen=True)
 class SpreadCurriculum(_Ramp):
     """A ramp to the lower end of a range, then every ratio of it in turn, so that one model serves them all.
@@ -178,6 +175,7 @@ class SpreadCurriculum(_Ramp):
 
 
 @CURRICULA.register("step", aliases=("steps",))
+@takes_keep_ratios
 @dataclass(frozen=True)
 class StepCurriculum(Curriculum):
     """Stairs: from each milestone on, its ratio.
@@ -237,13 +235,12 @@ class StepCurriculum(Curriculum):
 
 
 def make_curriculum(name: str, **args: Any) -> Curriculum:
-    """A curriculum by name, with keep ratios converted: `min_keep_ratio=0.3` is `end_ratio=0.7`.
+    """A curriculum by name.
 
     Parameters
     ----------
     name : "fixed", "linear", "cosine", "spread", "step" or "adaptive"
-    args : the parameters of its class, or keep-ratio spellings of them (`initial_keep_ratio`, `start_keep_ratio`,
-        `min_keep_ratio`, `end_keep_ratio`, `keep_ratio`, `keep_ratios`): the fraction that STAYS, in (0, 1]
+    args : the parameters of its class, keep ratios too
 
     Raises
     ------
@@ -252,29 +249,15 @@ def make_curriculum(name: str, **args: Any) -> Curriculum:
     """
     chosen = CURRICULA.get(name)
     allowed = list(inspect.signature(chosen).parameters)
-    given: dict[str, Any] = {}
-    for key, value in args.items():
-        field = next((target for target in _KEEP_SPELLINGS.get(key, ()) if target in allowed), key)
-        if field not in allowed:
+    given = as_removed(chosen, args)
+    for key in given:
+        if key not in allowed:
             raise unknown(f"argument of curriculum {name}", key, allowed)
-        if field in given:
-            raise ConfigError(f"curriculum {name}: {field} is given twice (also as {key})")
-        given[field] = value if field == key else _removed(name, key, value)
     try:
         return chosen(**given)
     except TypeError as error:
         # every name is known by now: what is left is a parameter without a default
         raise ConfigError(f"curriculum {name}: {str(error).partition('() ')[2] or error}") from None
-
-
-def _removed(name: str, key: str, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_removed(name, key, each) for each in value]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(
-            f"curriculum {name}: {key} must be in (0, 1] (the fraction that stays), got {value!r}"
-        )
-    return removed_fraction(value)
 
 
 def _check_steps(name: str, field: str, value: Any) -> None:
