@@ -26,7 +26,7 @@ import xxhash
 from torch import Tensor
 
 from sparsekv.cache.entry_log import Chunk, EntryLog
-from sparsekv.cache.places import Ints
+from sparsekv.cache.entry_request import Ints
 from sparsekv.errors import ConfigError
 
 _BLOCK_SHIFT = 8

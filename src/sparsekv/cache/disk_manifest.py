@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sparsekv.cache.disk_log import BLOCK_ROWS, DTYPES, DiskLog, failed
+from sparsekv.cache.entry_request import EntryRequest, Ints
 from sparsekv.cache.pages import LayerIndex
-from sparsekv.cache.places import Ints, Places, Request
+from sparsekv.cache.places import Places
 from sparsekv.errors import ConfigError
 from sparsekv.files import sync_folder, write_atomically
 
@@ -162,7 +163,7 @@ def read_index(folder: Path, manifest: Manifest, page_size: int, log: DiskLog) -
         if name.endswith(".counts"):
             layer = int(name.split(".")[1])
             columns, slots = (arrays[f"layers.{layer}.{kind}"] for kind in ("columns", "slots"))
-            request = Request(counts, columns, int(columns.max(initial=-1)))
+            request = EntryRequest(counts, columns, int(columns.max(initial=-1)))
             layers[layer] = LayerIndex(Places(page_size))
             layers[layer].append(request, slots)
     return layers

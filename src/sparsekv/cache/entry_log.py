@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.cache.places import NONE, Ints
+from sparsekv.cache.entry_request import NONE, Ints
 from sparsekv.errors import ConfigError
 
 _SLACK = 1024

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsekv.cache.places import NONE, Bools, Ints
+from sparsekv.cache.entry_request import NONE, Bools, Ints
 from sparsekv.cache.segments import Segments
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.entry_log import EntryLog
+from sparsekv.cache.entry_request import Ints
 from sparsekv.cache.pages import LayerIndex
-from sparsekv.cache.places import Ints, Places
+from sparsekv.cache.places import Places
 from sparsekv.errors import ConfigError
 
 Store = TypeVar("Store", bound="Holdings")

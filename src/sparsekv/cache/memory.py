@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.entry_log import Chunk, EntryLog
+from sparsekv.cache.entry_request import Ints
 from sparsekv.cache.pages import PAGE_SIZE
 from sparsekv.cache.passive import PassiveStore
-from sparsekv.cache.places import Ints
 
 _CHUNK_ROWS = 1 << 16
 _SMALLEST = 64

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekv.cache.entry_request import NONE, EntryRequest, Ints
 from sparsekv.cache.frozen import is_frozen
-from sparsekv.cache.places import NONE, Ints, Places, Request, padded, remap
+from sparsekv.cache.places import Places, padded, remap
 from sparsekv.errors import ConfigError
 from sparsekv.policies.step_rules import box_bounds
 
@@ -188,7 +189,7 @@ class LayerIndex:
 
     def __init__(self, places: Places) -> None:
         self._places, self.pages = places, PageSummaries(places.page_size)
-        self._waiting: tuple[Request, Ints] | None = None
+        self._waiting: tuple[EntryRequest, Ints] | None = None
 
     @property
     def places(self) -> Places:
@@ -209,7 +210,7 @@ class LayerIndex:
         """Bytes allocated."""
         return self.places.nbytes + self.pages.nbytes
 
-    def append(self, request: Request, slots: Ints) -> None:
+    def append(self, request: EntryRequest, slots: Ints) -> None:
         """Put the entries of a request, which may be put (`Places.check_new`) and lie in `slots`."""
         places = self.places
         if places.fill.size:  # something was put before

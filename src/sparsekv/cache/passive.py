@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekv.cache.entry_request import NONE, EntryRequest, Ints
 from sparsekv.cache.holdings import Holdings
 from sparsekv.cache.pages import PAGE_SIZE, LayerBounds, LayerIndex
-from sparsekv.cache.places import NONE, Ints, Places, Request
+from sparsekv.cache.places import Places
 from sparsekv.errors import ConfigError
 
 
@@ -82,7 +83,7 @@ class PassiveStore(Holdings):
             whatever keeps them from being written.
         """
         self._check_open()
-        request = Request.of(counts, columns)
+        request = EntryRequest.of(counts, columns)
         n = len(request.columns)
         self._check_entries(n, keys, values)
         entry = self._layers.get(layer) or LayerIndex(Places(self.page_size))
@@ -106,7 +107,7 @@ class PassiveStore(Holdings):
         can't be read.
         """
         self._check_open()
-        request = Request.of(counts, columns)
+        request = EntryRequest.of(counts, columns)
         if not len(request.columns):
             return self._nothing()
         places = self._places(layer)
@@ -122,7 +123,7 @@ class PassiveStore(Holdings):
         `counts` and `columns` as in `put_layer`. Raises ConfigError, and removes nothing, if an entry isn't there.
         """
         self._check_open()
-        request = Request.of(counts, columns)
+        request = EntryRequest.of(counts, columns)
         if len(request.columns):
             places = self._places(layer)
             places.remove(layer, request, places.find(layer, request)[0])
@@ -131,7 +132,7 @@ class PassiveStore(Holdings):
     def peek_layer(self, layer: int, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Read entries, which stay: keys and values [N, D] in the order asked for, copies."""
         self._check_open()
-        request = Request.of(counts, columns)
+        request = EntryRequest.of(counts, columns)
         if not len(request.columns):
             return self._nothing()
         _, slots = self._places(layer).find(layer, request)

@@ -10,101 +10,20 @@ packed [N], row-major over (row, kv head). Integers only: this module knows noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
+from sparsekv.cache.entry_request import NONE, Bools, EntryRequest, Ints
 from sparsekv.errors import ConfigError
 
-Ints: TypeAlias = npt.NDArray[np.integer]
-Bools: TypeAlias = npt.NDArray[np.bool_]
 Array = TypeVar("Array", bound=npt.NDArray[Any])
-
-NONE = -1
-"""No place, no slot, no column."""
 
 _MOST_SPANS = 64
 """Most stretches of places that are looked at one by one."""
-
-_HIGHEST = 2**31 - 2
-"""Columns are 32 bits wide."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Entries of many heads at once.
-
-    Attributes
-    ----------
-    counts : int64 [B, H]
-    columns : int64 or int32 [N]
-    top : the highest column; -1 if there is none
-    ascending : columns ascend within each (row, kv head), so none stands twice
-    """
-
-    counts: Ints
-    columns: Ints
-    top: int
-    ascending: bool = False
-
-    @classmethod
-    def of(cls, counts: Tensor, columns: Tensor) -> Request:
-        """The request of a caller.
-
-        Raises ConfigError if it is none.
-        """
-        wanted, at = counts.cpu().numpy(), columns.cpu().numpy()
-        if wanted.ndim != 2 or at.ndim != 1 or wanted.dtype.kind != "i" or at.dtype.kind != "i":
-            raise ConfigError(
-                "a request needs counts [rows, kv heads] and columns [entries], both of integers"
-            )
-        wanted = wanted.astype(np.int64, copy=False)
-        at = np.ascontiguousarray(at, dtype=np.int64)
-        # heads are few: a list of them is quicker than an array
-        sizes = wanted.reshape(-1).tolist()
-        ends = list(accumulate(sizes))
-        if min(sizes, default=0) < 0 or sum(sizes) != len(at):
-            raise ConfigError(
-                f"counts of a request add up to {sum(sizes)}, but there are {len(at)} columns; counts may not be "
-                "negative"
-            )
-        rises = at[1:] > at[:-1]
-        rises[[end - 1 for end in ends if 0 < end < len(at)]] = True  # from one head to the next
-        ascending = bool(rises.all())
-        edges = at
-        if ascending:  # the usual case: the first and the last of each head say it all
-            edges = at[
-                [place for end, n in zip(ends, sizes, strict=True) if n for place in (end - n, end - 1)]
-            ]
-        low, top = int(edges.min(initial=0)), int(edges.max(initial=NONE))
-        if low < 0 or top > _HIGHEST:
-            raise ConfigError(
-                f"columns of a request must lie between 0 and {_HIGHEST}, got {low if low < 0 else top}"
-            )
-        return cls(wanted, at, top, ascending)
-
-    def copy(self) -> Request:
-        """One that keeps nothing of the caller's memory."""
-        return replace(self, counts=self.counts.copy(), columns=self.columns.astype(np.int32))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """What it needs of an index: rows, kv heads, columns."""
-        rows, heads = self.counts.shape
-        return rows, heads, self.top + 1
-
-    def segments(self) -> Iterator[tuple[int, int, int, int]]:
-        """(row, kv head, start, end) of the entries of every (row, kv head) that has any."""
-        start, heads = 0, self.counts.shape[1]
-        for segment, n in enumerate(self.counts.reshape(-1).tolist()):
-            if n:
-                yield segment // heads, segment % heads, start, start + n
-                start += n
 
 
 class Places:
@@ -195,7 +114,7 @@ class Places:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
-    def check_new(self, layer: int, request: Request) -> None:
+    def check_new(self, layer: int, request: EntryRequest) -> None:
         """Raise a ConfigError if a column stands twice in a request, or is there already. After `fit`."""
         if request.ascending and not self.n_entries:
             return
@@ -218,7 +137,7 @@ class Places:
                 f"{int(request.columns[which])} already"
             )
 
-    def insert(self, request: Request, slots: Ints) -> None:
+    def insert(self, request: EntryRequest, slots: Ints) -> None:
         """Append a request's entries, once `fit`, `check_new` and `make_room` were called for it."""
         for row, head, start, end in request.segments():
             first, piece = int(self.fill[row, head]), request.columns[start:end]
@@ -229,7 +148,7 @@ class Places:
             self.fill[row, head] = last
         self.n_entries += len(slots)
 
-    def find(self, layer: int, request: Request) -> tuple[Ints, Ints]:
+    def find(self, layer: int, request: EntryRequest) -> tuple[Ints, Ints]:
         """(places flat over [B, H, R], slots) of a request's entries.
 
         Raises ConfigError if one of them isn't there.
@@ -246,7 +165,7 @@ class Places:
             raise self._missing(layer, request)
         return flat, slots
 
-    def remove(self, layer: int, request: Request, flat: Ints) -> None:
+    def remove(self, layer: int, request: EntryRequest, flat: Ints) -> None:
         """Forget what `find` found.
 
         Raises ConfigError if an entry was asked for twice.
@@ -306,14 +225,14 @@ class Places:
         self.slot.reshape(-1, self.page_size)[which] = NONE
         self.n_entries -= n
 
-    def _flat(self, request: Request, within: Ints, size: int) -> Ints:
+    def _flat(self, request: EntryRequest, within: Ints, size: int) -> Ints:
         """Index into a flattened [B, H, size] of every entry of a request, given that within its kv head."""
         flat, heads = np.empty(len(within), np.int64), self.slot.shape[1]
         for row, head, start, end in request.segments():
             np.add(within[start:end], (row * heads + head) * size, out=flat[start:end])
         return flat
 
-    def _missing(self, layer: int, request: Request) -> ConfigError:
+    def _missing(self, layer: int, request: EntryRequest) -> ConfigError:
         """The error for the first entry of a request that isn't there."""
         for row, head, start, end in request.segments():
             piece = request.columns[start:end]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache.attend import attend_stored, tail_mask
+from sparsekv.cache.entry_request import NONE, Bools, Ints
 from sparsekv.cache.exchange import Residents
 from sparsekv.cache.layer import SparseLayer
-from sparsekv.cache.places import NONE, Bools, Ints
 from sparsekv.cache.scores import Beside, Block
 from sparsekv.cache.tiered_layer import TieredLayer
 from sparsekv.cache.tiers import LENT, Tiers, slack

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekv.cache.entry_request import Bools, Ints
 from sparsekv.cache.exchange import Entries
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.passive import PageEntries
-from sparsekv.cache.places import Bools, Ints
 from sparsekv.cache.segments import Group
 
 

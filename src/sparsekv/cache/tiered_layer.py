@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekv.cache.entry_request import Bools, Ints
 from sparsekv.cache.exchange import Residents, with_room
 from sparsekv.cache.layer import Reader, SparseLayer
-from sparsekv.cache.places import Bools, Ints
 from sparsekv.cache.rope import Rotation
 from sparsekv.cache.segments import Segments
 from sparsekv.cache.tiers import LENT, Tiers

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sparsekv.cache.active import ActiveSize
 from sparsekv.cache.decode import DecodeEviction
+from sparsekv.cache.entry_request import Bools, Ints
 from sparsekv.cache.exchange import Entries
 from sparsekv.cache.memory import MemoryStore
 from sparsekv.cache.passive import PassiveStore
-from sparsekv.cache.places import Bools, Ints, padded
+from sparsekv.cache.places import padded
 from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerPolicy
 
