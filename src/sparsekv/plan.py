@@ -15,7 +15,8 @@ forward with the same plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -81,9 +82,10 @@ def budget_for(policy: Policy, budget: Budget, n: int) -> Budget:
     return budget
 
 
-@dataclass
 class SelectionPlan:
     """One forward's evictions: a ready `selection`, or a layer policy that decides inside each layer.
+
+    No dataclass: what shards a model (FSDP) hands copies of those to its layers, and the records would be the copies'.
 
     Parameters
     ----------
@@ -117,28 +119,38 @@ class SelectionPlan:
     collected : observer's name -> layer -> its output
     """
 
-    policy: LayerPolicy | None = None
-    budget: Budget = field(default_factory=Budget)
-    boundary: int | Sequence[int] | None = None
-    attention_mask: Tensor | None = None
-    window: int | None = None
-    selection: Selection | None = None
-    seeds: Sequence[int] | None = None
-    ids: Tensor | None = None
-    tokenizer: Any = None
-    hard: bool = False
-    keep_scores: bool = False
-    observers: tuple[Observer, ...] = ()
-    selected: dict[int, Tensor] = field(default_factory=dict)
-    soft_kept: dict[int, Tensor] = field(default_factory=dict)
-    scores: dict[int, list[Tensor]] = field(default_factory=dict)
-    collected: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if (self.policy is None) == (self.selection is None):
+    def __init__(
+        self,
+        policy: LayerPolicy | None = None,
+        budget: Budget | None = None,
+        boundary: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        window: int | None = None,
+        selection: Selection | None = None,
+        seeds: Sequence[int] | None = None,
+        ids: Tensor | None = None,
+        tokenizer: Any = None,
+        hard: bool = False,
+        keep_scores: bool = False,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
+        if (policy is None) == (selection is None):
             raise ConfigError("a SelectionPlan takes either a layer policy or a ready selection")
-        if self.policy is not None and (self.boundary is None) == (self.window is None):
+        if policy is not None and (boundary is None) == (window is None):
             raise ConfigError("a SelectionPlan takes either a boundary (prefill) or a window (streaming)")
+        self.policy, self.budget = policy, budget or Budget()
+        self.boundary, self.attention_mask, self.window = boundary, attention_mask, window
+        self.selection, self.seeds = selection, seeds
+        self.ids, self.tokenizer = ids, tokenizer
+        self.hard, self.keep_scores, self.observers = hard, keep_scores, observers
+        self.begin()
+
+    def asking(self, policy: LayerPolicy) -> SelectionPlan:
+        """The same plan for another policy, whose scores it keeps."""
+        plan = copy(self)
+        plan.policy, plan.keep_scores = policy, True
+        plan.begin()
+        return plan
 
     @property
     def needs_inputs(self) -> bool:
@@ -169,8 +181,10 @@ class SelectionPlan:
 
     def begin(self) -> None:
         """Forget the last forward."""
-        for record in (self.selected, self.soft_kept, self.scores, self.collected):
-            record.clear()
+        self.selected: dict[int, Tensor] = {}
+        self.soft_kept: dict[int, Tensor] = {}
+        self.scores: dict[int, list[Tensor]] = {}
+        self.collected: dict[str, dict[int, Tensor]] = {}
 
     def span(self, row: int, total: int) -> Boundary:
         """Columns [start, end) of a row that the policy sees."""

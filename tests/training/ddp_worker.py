@@ -6,7 +6,7 @@ torchrun --nproc_per_node=2 ddp_worker.py FOLDER BATCH_SIZE ACCUMULATION CASE ..
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sparsekv.training import (
 from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation
+from sparsekv.training.sharded import whole
 from toy import tiny_model, toy_tokenizer
 
 JUDGED = 5
@@ -108,12 +109,12 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Called by Trainer."""
-        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found = [whole(p.grad).flatten() for p in model.parameters() if p.grad is not None]
         self.gradients.append(torch.cat(found).clone())
 
 
 def trainable(model: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).clone()
+    return torch.cat([whole(p.detach()).flatten() for p in model.parameters() if p.requires_grad]).clone()
 
 
 def run_case(
@@ -126,13 +127,16 @@ def run_case(
     resume: Path | None = None,
     save_steps: int = 0,
     judged: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+    final: bool = False,
     **changes: Any,
 ) -> dict[str, torch.Tensor]:
     """Five SGD steps on 4 samples each: first gradient, weights before and after, and what is logged.
 
-    `judged`: so many samples' held-out perplexity at the end, of a data set and of a stream.
+    `judged`: so many samples' held-out perplexity at the end, of a data set and of a stream. `arguments`: further
+    TrainingArguments; what else is given goes to the trainer. `final`: what is served is written into `folder`/final.
     """
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(  # noqa: C408 (as arguments are written)
         output_dir=str(folder),
         max_steps=5,
         per_device_train_batch_size=batch_size,
@@ -150,10 +154,11 @@ def run_case(
         use_cpu=True,
         seed=3,
     )
+    training = TrainingArguments(**{**settings, **(arguments or {})})
     recorder = Recorder()
     made = {
         "model": tiny_model("llama", num_hidden_layers=2),
-        "args": arguments,
+        "args": training,
         "curriculum": LinearCurriculum(0.4, 0.6, 5),
         "lora": LoraOptions(r=4, alpha=8),
         "train_dataset": samples(),
@@ -165,6 +170,8 @@ def run_case(
     trainer = SparseKVTrainer(**made)
     before = trainable(trainer.model)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if final:
+        trainer.save_weights(folder / "final")
     rows = [row for row in trainer.state.log_history if "loss" in row]
     held_out = [trainer.evaluate(each) for each in (samples(judged), Stream(judged))] if judged else []
     return {

@@ -304,10 +304,16 @@ class SparseCache(Cache):
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             return
         total = self.seen + n_new
-        if attention_mask.shape[1] != total:
+        if (covered := attention_mask.shape[1]) != total:
+            # generate's prefill_chunk_size starts at the first token again, whatever a cache has seen
+            again = (
+                "; leave out prefill_chunk_size, with which generate reads all again"
+                if covered == n_new
+                else ""
+            )
             raise ConfigError(
-                f"attention_mask covers {attention_mask.shape[1]} columns; the cache has seen {self.seen} and is "
-                f"given {n_new} more"
+                f"attention_mask covers {covered} columns; the cache has seen {self.seen} and is given {n_new} more"
+                f"{again}"
             )
         mask = attention_mask.bool()
         if self.real is None and bool(mask.all()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from sparsekv.relevance.predictor import (
 )
 
 
-def save_relevance(model: Any, folder: str | Path) -> Path:
+def save_relevance(model: Any, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write `folder/relevance.safetensors` (to a temporary name, then renamed) and return its path.
 
     The folder and its parents are made. The metadata say the predictors' config, how to serve them and the shape of the
-    model they belong to.
+    model they belong to. `state`: the model's whole state dict, where its weights are not all here (FSDP).
 
     Raises
     ------
@@ -40,10 +41,12 @@ def save_relevance(model: Any, folder: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
+    found = model.state_dict() if state is None else state
+    names = {module: name for name, module in model.named_modules()}
     tensors = {
-        f"layers.{index}.{name}": value.detach().cpu().contiguous()
+        f"layers.{index}.{name}": found[f"{names[module]}.{NAME}.{name}"].detach().cpu().contiguous()
         for index, module in relevance_modules(model).items()
-        for name, value in getattr(module, NAME).state_dict().items()
+        for name, _ in getattr(module, NAME).named_parameters()
     }
     metadata = {
         "format": "pt",

@@ -21,6 +21,7 @@ from sparsekv.relevance.predictor import NAME, relevance_modules
 from sparsekv.training.held_out import scored_plan
 from sparsekv.training.relaxation import ScoreQuantiles
 from sparsekv.training.samples import Samples
+from sparsekv.training.sharded import fill, whole
 
 if TYPE_CHECKING:
     from sparsekv.training.trainer import SparseKVTrainer
@@ -32,9 +33,11 @@ MEASURED_SAMPLES = 16
 
 
 def predictor_weights(model: Any) -> Weights:
-    """Copies of the weights of a model's predictors: layer -> name -> tensor."""
+    """Copies of the weights of a model's predictors: layer -> name -> tensor, whole."""
     return {
-        index: {name: value.detach().clone() for name, value in getattr(module, NAME).state_dict().items()}
+        index: {
+            name: whole(value).detach().clone() for name, value in getattr(module, NAME).state_dict().items()
+        }
         for index, module in relevance_modules(model).items()
     }
 
@@ -50,11 +53,11 @@ def averaged(model: Any, start: Weights, share: float) -> Iterator[None]:
                 name: torch.lerp(value, start[index][name].to(value.device), share)
                 for name, value in state.items()
             }
-            getattr(modules[index], NAME).load_state_dict(mean)
+            fill(getattr(modules[index], NAME), mean)
         yield
     finally:
         for index, state in trained.items():
-            getattr(modules[index], NAME).load_state_dict(state)
+            fill(getattr(modules[index], NAME), state)
 
 
 @torch.no_grad()

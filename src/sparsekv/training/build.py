@@ -31,6 +31,7 @@ from sparsekv.training.objectives import make_objective
 from sparsekv.training.output import METRICS_FILE, MetricsLog, save_final
 from sparsekv.training.relaxation import Relaxation
 from sparsekv.training.setup import check_fits_model, policy_of, with_dtype, with_predictors
+from sparsekv.training.sharded import is_sharded
 from sparsekv.training.trainer import SparseKVTrainer
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def run_training(
         log.start(-1 if latest.path is None else step_of(latest.path))
         trainer.add_callback(_ToFile(log))
     trainer.train(resume_from_checkpoint=None if latest.path is None else str(latest.path))
+    final = output / "final"
     if main:
         save_dtype = None if config.save_dtype == "auto" else getattr(torch, config.save_dtype)
         return save_final(
@@ -151,7 +153,9 @@ def run_training(
             tokenizer=trainer.processing_class,
             curriculum=trainer.curriculum,
         )
-    return output / "final"
+    if is_sharded(trainer.model):  # the first process gathers what the others hold
+        trainer.save_weights(final)
+    return final
 
 
 def training_arguments(config: TrainConfig, *, evaluates: bool) -> TrainingArguments:

@@ -24,6 +24,7 @@ from sparsekv.training.dropping import BOUNDARY, labels_of_rows
 from sparsekv.training.objectives import StandardLMObjective
 from sparsekv.training.relaxation import RelaxedRelevance
 from sparsekv.training.samples import Samples
+from sparsekv.training.sharded import in_step, is_sharded
 from sparsekv.training.student import student_output
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def scored_plan(
     model: Any, batch: Mapping[str, Tensor], plan: SelectionPlan, policy: RelaxedRelevance
 ) -> SelectionPlan:
     """A plan like the one given, with what predictors score of the batch: one forward, with nothing hidden."""
-    looking = replace(plan, policy=replace(policy, threshold=float("-inf"), noise=0.0), keep_scores=True)
+    looking = plan.asking(replace(policy, threshold=float("-inf"), noise=0.0))
     student_output(model, model, batch, looking)
     return looking
 
@@ -136,7 +137,7 @@ def served_by_scores(
 @torch.no_grad()
 def held_out_sums(
     model: Any,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[tuple[Mapping[str, Tensor], bool]],
     plan_of: Callable[[Mapping[str, Tensor]], SelectionPlan],
     ratio: float,
     device: torch.device,
@@ -147,7 +148,7 @@ def held_out_sums(
     Parameters
     ----------
     model : in whatever mode; it is left in the same
-    batches : as `SparseKVTrainer` makes them ready
+    batches : as `SparseKVTrainer` makes them ready, each with whether it counts (`sharded.in_step`)
     plan_of : from a batch to what is hidden of it
     ratio : fraction to remove, where predictors decide
     precision : the context in which training computes (autocast)
@@ -156,12 +157,14 @@ def held_out_sums(
     training = model.training
     model.eval()
     try:
-        for batch in batches:
+        for batch, counts in batches:
             ready = after_the_boundary(batch, batch[BOUNDARY])
             with precision():
                 served = served_by_scores(model, ready, plan_of(ready), ratio)
-                sums[:2] += summed_losses(model, ready, (None, served))
-            sums[2] += float(labels_of_rows(ready).sum())
+                losses = summed_losses(model, ready, (None, served))
+            if counts:
+                sums[:2] += losses
+                sums[2] += float(labels_of_rows(ready).sum())
     finally:
         model.train(training)
     return sums
@@ -181,9 +184,11 @@ def held_out_perplexity(trainer: SparseKVTrainer, loader: Iterable[Mapping[str, 
     ratio = trainer.curriculum.ratio(step, total)
     policy = trainer.policy_at(step, step / total, ratio, judged=True)
     hard = not isinstance(policy, RelaxedRelevance)
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    batches = (trainer._prepare_inputs(trainer.ready(batch, epoch=-1, judged=True)) for batch in loader)
     sums = held_out_sums(
-        trainer.accelerator.unwrap_model(trainer.model),
-        (trainer._prepare_inputs(trainer.ready(batch, epoch=-1, judged=True)) for batch in loader),
+        plain,
+        in_step(batches, trainer.accelerator) if is_sharded(plain) else ((batch, True) for batch in batches),
         lambda ready: trainer.plan(ready, policy, ratio, hard=hard),
         ratio,
         trainer.args.device,

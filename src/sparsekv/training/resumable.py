@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from sparsekv.errors import ConfigError
@@ -41,11 +41,14 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.relaxation import Relaxation, ScoreQuantiles
 from sparsekv.training.setup import moves_without_adapters
+from sparsekv.training.sharded import fill_optimizer, is_sharded, whole_optimizer_state, whole_state
 from sparsekv.training.weights import has_adapter, save_weights, serving_config, tidy, without_predictors
 
 logger = logging.getLogger(__name__)
 
 QUANTILES_FILE = "score_quantiles.json"
+NAMED_OPTIMIZER = "optimizer_by_name.pt"
+"""The optimizer's whole state, by names of parameters, where processes share the weights."""
 
 
 class ResumableTrainer(Trainer):
@@ -101,6 +104,8 @@ class ResumableTrainer(Trainer):
             )
         if checkpoint and self.config is not None:
             check_config(Path(checkpoint), self.config)
+        if checkpoint and self.is_fsdp_enabled:
+            self._load_before_sharding(checkpoint)
         if checkpoint and 0 < self.args.max_steps <= step_of(Path(checkpoint)):
             return self._finished(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
@@ -125,26 +130,79 @@ class ResumableTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         return TrainOutput(self.state.global_step, float("nan"), {})
 
+    # ---- what several processes share ---------------------------------------------------------------------------
+
+    def _load_before_sharding(self, checkpoint: str) -> None:
+        """A checkpoint's weights, into a model that every process still has whole."""
+        if is_sharded(self.model):
+            raise ConfigError(
+                "under FSDP a checkpoint can't be loaded once the model has been trained; make a new trainer"
+            )
+        self.is_fsdp_enabled = False  # else Trainer looks for files of FSDP's own
+        try:
+            self._load_from_checkpoint(checkpoint)
+        finally:
+            self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. Every process has to call it; the first one writes, whole weights."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / NAMED_OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if (Path(checkpoint) / NAMED_OPTIMIZER).is_file():  # whether the weights are shared now or not
+            fill_optimizer(self.model, self.optimizer, _loaded(Path(checkpoint) / NAMED_OPTIMIZER))
+            self.lr_scheduler.load_state_dict(_loaded(Path(checkpoint) / SCHEDULER_NAME))
+        elif is_sharded(self.model):
+            raise ConfigError(
+                f"checkpoint '{checkpoint}' was saved without FSDP: its optimizer's state can't be shared out; go on "
+                "without FSDP, or start anew from its weights"
+            )
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    # ---- weights ------------------------------------------------------------------------------------------------
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
+        written = state_dict
         if has_relevance(self.model) and not has_adapter(self.model):
-            state_dict = without_predictors(self.model.state_dict() if state_dict is None else state_dict)
+            written = without_predictors(self.model.state_dict() if state_dict is None else state_dict)
         with serving_config(self.model):
-            super()._save(folder, state_dict)
+            super()._save(folder, written)
         tidy(self.model, folder)
         if has_relevance(self.model):
             self.say_how_to_serve()
-            save_relevance(self.model, folder)
+            save_relevance(self.model, folder, state_dict)
 
     def save_weights(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """What `final/` holds of the model: adapter, model, or predictors alone where nothing else was trained.
 
-        `dtype`: of an adapter's or model's files; default: as it was trained.
+        `dtype`: of an adapter's or model's files; default: as it was trained. Under FSDP every process has to call it,
+        and the first one writes.
         """
         plain: Any = self.accelerator.unwrap_model(self.model)
         trained = has_adapter(plain) or moves_without_adapters(plain)
+        sharded = is_sharded(plain)
         with self.served_predictors(plain):
-            save_weights(plain, folder, only_predictors=not trained, dtype=dtype)
+            state = whole_state(plain) if sharded else None
+            if self.args.should_save or not sharded:
+                save_weights(plain, folder, only_predictors=not trained, dtype=dtype, state=state)
 
     @contextmanager
     def served_predictors(self, plain: Any) -> Iterator[None]:
@@ -184,6 +242,8 @@ class ResumableTrainer(Trainer):
                 rotate(folder.parent, self.n_checkpoints, best=self.state.best_global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_sharded(self.model):
+            return  # it was, before
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         self._load_predictors(folder)
@@ -246,3 +306,7 @@ class TodaysIntervals(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Called after Trainer took over a checkpoint's state, which has them too."""
         state.compute_steps(args, state.max_steps)
+
+
+def _loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,23 +46,10 @@ def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
 def student_output(
     wrapped: nn.Module, model: Any, batch: Mapping[str, Tensor], plan: SelectionPlan | None
 ) -> Output:
-    """One forward under `plan` (None: nothing is hidden), through what wraps the model: data parallelism must see it.
-
-    The hidden states are caught on their way to the output layer, which computes one column only.
-    """
-    caught: list[Tensor] = []
+    """One forward under `plan` (None: nothing is hidden), through what wraps the model: parallelism must see it."""
     if plan is not None:
         plan.begin()
-
-    def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
-
-    handle = architecture.text_model(model).register_forward_hook(catch)
-    try:
-        wrapped(**forward_inputs(batch), selection=plan, logits_to_keep=1)
-    finally:
-        handle.remove()
-    return Output(caught[0], head_of(model))
+    return _last_states(wrapped, model, batch, selection=plan)
 
 
 @torch.no_grad()
@@ -70,13 +57,47 @@ def teacher_output(model: Any, batch: Mapping[str, Tensor], frozen: Any = None) 
     """The full-cache teacher of the same tokens, in eval mode: `frozen`, or the model with its adapters off."""
     teacher = frozen if frozen is not None else model
     with _evaluating(teacher), _adapters_off(teacher):
-        states = architecture.text_model(teacher)(**forward_inputs(batch)).last_hidden_state
-    return Output(states, head_of(teacher))
+        return _last_states(teacher, teacher, batch)
 
 
-def _adapters_off(model: Any) -> Any:
+def _last_states(wrapped: nn.Module, model: Any, batch: Mapping[str, Tensor], **given: Any) -> Output:
+    """One forward through `wrapped`, whole: what shards a model gathers its weights there.
+
+    The hidden states are caught on their way to the output layer, which computes one column only.
+    """
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> None:
+        caught.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+
+    handle = architecture.text_model(model).register_forward_hook(catch)
+    try:
+        wrapped(**forward_inputs(batch), logits_to_keep=1, **given)
+    finally:
+        handle.remove()
+    return Output(caught[0], head_of(model))
+
+
+@contextmanager
+def _adapters_off(model: Any) -> Iterator[None]:
+    """Without adapters, if there are any. What is to be trained stays marked: PEFT takes the mark off meanwhile, and
+    FSDP would gather the weights as what needs no gradient, for good.
+    """
     off = getattr(model, "disable_adapter", None)
-    return off() if callable(off) else nullcontext()
+    if not callable(off):
+        yield
+        return
+    marks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with off():
+        _mark(marks)
+        yield
+    _mark(marks)
+
+
+def _mark(marks: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, needed in marks:
+        if parameter.requires_grad != needed:
+            parameter.requires_grad_(needed)
 
 
 @contextmanager

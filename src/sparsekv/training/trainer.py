@@ -85,6 +85,7 @@ from sparsekv.training.setup import (
     policy_of,
     with_lora,
 )
+from sparsekv.training.sharded import check_plugin, is_sharded, shard_exactly
 from sparsekv.training.student import student_output, teacher_output
 from sparsekv.training.weights import has_adapter
 
@@ -138,7 +139,7 @@ class SparseKVTrainer(ResumableTrainer):
     ConfigError
         For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
         parameter, an optimizer without some of them, no sample long enough to lose entries; for what of Trainer's would
-        be ignored (model_init, metrics and losses made of logits); and for DataParallel and FSDP.
+        be ignored (model_init, metrics and losses made of logits); and for DataParallel and FSDP version 1.
     """
 
     def __init__(
@@ -232,9 +233,7 @@ class SparseKVTrainer(ResumableTrainer):
                 "several GPUs in one process (DataParallel) are not supported: start with torchrun"
             )
         if self.is_fsdp_enabled:
-            raise ConfigError(
-                "FSDP is not supported: the loss reads the output layer's weight, which it shards; use DDP (torchrun)"
-            )
+            check_plugin(self.accelerator.state.fsdp_plugin, loads_best=self.args.load_best_model_at_end)
         if self.frozen_teacher is not None:
             self.frozen_teacher.to(self.args.device)
         # compute_loss divides by the items of the whole step; this version pair would divide once more.
@@ -421,9 +420,11 @@ class SparseKVTrainer(ResumableTrainer):
     def create_optimizer(self) -> torch.optim.Optimizer:
         """As Trainer's, with the predictors in a group of their own."""
         made = self.optimizer is None
+        predictors = [getattr(module, NAME) for module in relevance_modules(self.model).values()]
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            shard_exactly(predictors, self.accelerator.state.fsdp_plugin)
         optimizer = super().create_optimizer()
-        own = [p for m in relevance_modules(self.model).values() for p in getattr(m, NAME).parameters()]
-        own = [p for p in own if p.requires_grad]
+        own = [p for predictor in predictors for p in predictor.parameters() if p.requires_grad]
         if made and own:
             give_own_group(optimizer, own, lr=self.relevance_lr, weight_decay=self.relevance_weight_decay)
         return optimizer

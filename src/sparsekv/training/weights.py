@@ -28,7 +28,12 @@ def without_predictors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_weights(
-    model: Any, folder: str | Path, *, only_predictors: bool = False, dtype: torch.dtype | None = None
+    model: Any,
+    folder: str | Path,
+    *,
+    only_predictors: bool = False,
+    dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter or the model, and the predictors; nothing of this machine or of the run.
 
@@ -38,19 +43,21 @@ def save_weights(
         The model itself was not trained, so it is not written.
     dtype : torch.dtype, optional
         Of the weights in the files; default: as they are. Predictors are always float32.
+    state : state dict, optional
+        The whole one, where the model's weights are not all here.
     """
     if not only_predictors:
-        state = model.state_dict()
+        written = model.state_dict() if state is None else state
         if dtype is not None:
-            state = _converted(state, dtype)
+            written = _converted(written, dtype)
         with serving_config(model):
-            model.save_pretrained(str(folder), state_dict=without_predictors(state))
+            model.save_pretrained(str(folder), state_dict=without_predictors(written))
         tidy(model, folder)
         if dtype is not None and not has_adapter(model):
             # What the files hold; transformers wrote what the model in memory has.
             set_in_json(Path(folder) / CONFIG_NAME, "dtype", str(dtype).removeprefix("torch."))
     if has_relevance(model):
-        save_relevance(model, folder)
+        save_relevance(model, folder, state)
 
 
 def _converted(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
