@@ -177,7 +177,7 @@ def run_case(
     return {
         "perplexity": torch.tensor([found["eval_perplexity_evicted"] for found in held_out]),
         "ce": torch.tensor([row["ce"] for row in rows]),
-        "gradient": recorder.gradients[0],
+        "gradient": recorder.gradients[0] if recorder.gradients else torch.zeros(0),
         "before": before,
         "after": trainable(trainer.model),
         "loss": torch.tensor([row["loss"] for row in rows]),

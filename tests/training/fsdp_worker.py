@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from sparsekv import BlockDropoutPress
 from sparsekv.cli.main import app, call
 from sparsekv.relevance import RelevanceConfig, attach_relevance
 from toy import tiny_model
@@ -54,8 +55,20 @@ def run_averaged(folder: Path, **how: Any) -> dict[str, torch.Tensor]:
 
 
 def run_full(folder: Path, **how: Any) -> dict[str, torch.Tensor]:
-    """No LoRA: the teacher is a copy of the model, and checkpoints hold all of its weights."""
-    return ddp_worker.run_case("layer", folder, **how, save_steps=5, lora=None)
+    """No LoRA: the teacher is a copy of the model, and checkpoints hold all of its weights, tied ones once."""
+    model = tiny_model("llama", num_hidden_layers=2, tie_word_embeddings=True)
+    return ddp_worker.run_case("layer", folder, **how, save_steps=2, lora=None, model=model)
+
+
+def run_alternating(folder: Path, **how: Any) -> dict[str, torch.Tensor]:
+    """Steps of a press and of predictors: some weights have no gradient, and no optimizer's state, for a while."""
+    return ddp_worker.run_case(
+        "relevance",
+        folder,
+        **how,
+        press=BlockDropoutPress(block_size=4, n_sink=1, n_recent=3),
+        press_share=0.5,
+    )
 
 
 def main() -> None:
@@ -68,14 +81,27 @@ def main() -> None:
     how: dict[str, Any] = {"batch_size": 1, "accumulation": 2}
     found = {name: ddp_worker.run_case(name, folder / name, **how, arguments=FSDP) for name in names}
     found["averaged"] = run_averaged(folder / "averaged", **how, arguments=FSDP)
-    found["bf16"] = ddp_worker.run_case("relevance", folder / "bf16", **how, arguments={**FSDP, "bf16": True})
+    found["bf16"] = ddp_worker.run_case("token", folder / "bf16", **how, arguments={**FSDP, "bf16": True})
+    half = tiny_model("llama", num_hidden_layers=2).to(torch.bfloat16)
+    found["half"] = ddp_worker.run_case("relevance", folder / "half", **how, arguments=FSDP, model=half)
     found["full"] = run_full(folder / "full", **how, arguments=FSDP)
+    found["full resumed"] = run_full(
+        folder / "full resumed", **how, arguments=FSDP, resume=folder / "full" / "checkpoint-2"
+    )
+    checkpoint = folder / "full resumed" / "checkpoint-4"
+    again = {**FSDP, "max_steps": 4, "output_dir": str(folder / "again")}
+    found["finished"] = run_full(folder / "again", **how, arguments=again, resume=checkpoint)
     adam: dict[str, Any] = {**how, "arguments": {**FSDP, **ADAM}, "checkpointing": True}
     found["adam"] = ddp_worker.run_case(
         "relevance", folder / "adam", **adam, save_steps=2, judged=ddp_worker.JUDGED, final=True
     )
     found["resumed"] = ddp_worker.run_case(
         "relevance", folder / "resumed", **adam, resume=folder / "adam" / "checkpoint-2"
+    )
+    alternating: dict[str, Any] = {**how, "arguments": {**FSDP, **ADAM}}
+    found["alternating"] = run_alternating(folder / "alternating", **alternating, save_steps=1)
+    found["alternating resumed"] = run_alternating(
+        folder / "alternating resumed", **alternating, resume=folder / "alternating" / "checkpoint-1"
     )
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")

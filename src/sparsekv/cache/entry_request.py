@@ -1,4 +1,7 @@
-"""Entries of many heads at once, by their names: what a passive store is asked for. And the arrays of its index."""
+"""Entries of many heads at once, by their names: what a passive store is asked for.
+
+`Ints` and `Bools` are the arrays of its index, `NONE` in one says that there is nothing.
+"""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class PageSummaries:
 class LayerIndex:
     """What a store knows of one layer: where its entries lie, and what their pages hold.
 
-    A put is given room at once, and entered into `places` when somebody looks there: entries leave the fast cache
+    A put is only noted, and given room in `places` when somebody looks there: entries leave the fast cache
     between two layers of a forward, and are looked for later.
 
     Attributes
@@ -195,9 +195,10 @@ class LayerIndex:
     def places(self) -> Places:
         """Where the entries lie, all puts entered."""
         if self._waiting is not None:
-            (request, slots), self._waiting = self._waiting, None
+            request, slots = self._waiting
             self._places.fit(*request.shape)
             self._places.make_room(request.counts)
+            self._waiting = None  # from here on nothing can fail
             self._places.insert(request, slots)
         return self._places
 

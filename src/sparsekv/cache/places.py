@@ -203,9 +203,9 @@ class Places:
         pages, size = self.shape[2], self.page_size
         starts = np.flatnonzero(which[1:] - which[:-1] != 1) + 1
         heads = np.searchsorted(which, np.arange(1, self.fill.size) * pages)  # where the pages of each begin
-        if not len(which) or len(starts) >= _MOST_SPANS:
-            return None
         edges = sorted({0, *starts.tolist(), *heads.tolist(), len(which)})
+        if not len(which) or len(edges) > _MOST_SPANS:
+            return None
         ends = [at * pages * size + n for at, n in enumerate(self.fill.reshape(-1).tolist())]
         nothing_left = self.n_entries == int(self.fill.sum())
         spans = []

@@ -42,7 +42,7 @@ def as_removed(curriculum: type[Curriculum], given: Mapping[str, Any]) -> dict[s
     Raises
     ------
     ConfigError
-        For a keep ratio outside (0, 1], or a ratio that is given in two spellings.
+        For a keep ratio outside (0, 1], or a ratio that is given in two spellings by keyword.
     """
     name, parameters = curriculum.name, inspect.signature(curriculum).parameters
     ours: dict[str, Any] = {}

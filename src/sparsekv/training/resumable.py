@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from sparsekv.errors import ConfigError
 from sparsekv.files import write_atomically
 from sparsekv.policies.base import Policy
 from sparsekv.relevance.files import load_relevance, save_relevance
-from sparsekv.relevance.predictor import Served, has_relevance, serve_as
+from sparsekv.relevance.predictor import NAME, Served, has_relevance, relevance_modules, serve_as
 from sparsekv.training.averaging import Weights, averaged, measured_quantiles
 from sparsekv.training.checkpoints import (
     check_config,
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 QUANTILES_FILE = "score_quantiles.json"
 NAMED_OPTIMIZER = "optimizer_by_name.pt"
-"""The optimizer's whole state, by names of parameters, where processes share the weights."""
+"""The optimizer's whole state, by names of parameters, where the weights are sharded."""
 
 
 class ResumableTrainer(Trainer):
@@ -126,11 +126,12 @@ class ResumableTrainer(Trainer):
 
     def _finished(self, checkpoint: str) -> TrainOutput:
         """All steps were made: take them over. Trainer itself would make one more."""
-        self._load_from_checkpoint(checkpoint)
+        if not self.is_fsdp_enabled:  # else it is loaded by now
+            self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         return TrainOutput(self.state.global_step, float("nan"), {})
 
-    # ---- what several processes share ---------------------------------------------------------------------------
+    # ---- FSDP ---------------------------------------------------------------------------------------------------
 
     def _load_before_sharding(self, checkpoint: str) -> None:
         """A checkpoint's weights, into a model that every process still has whole."""
@@ -149,28 +150,35 @@ class ResumableTrainer(Trainer):
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        state = whole_state(self.model)
-        if self.args.should_save:
+        state = self._gathered()
+        if self.is_world_process_zero():
             self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """What files hold of a sharded model: of one with an adapter only what was trained, and the predictors."""
+        predictors = [getattr(module, NAME) for module in relevance_modules(self.model).values()]
+        return whole_state(self.model, predictors, frozen=not has_adapter(self.model))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = whole_optimizer_state(self.model, self.optimizer)
-        if self.args.should_save:
+        if self.is_world_process_zero():
             torch.save(state, Path(output_dir) / NAMED_OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if (Path(checkpoint) / NAMED_OPTIMIZER).is_file():  # whether the weights are shared now or not
+        if (Path(checkpoint) / NAMED_OPTIMIZER).is_file():  # whether the weights are sharded now or not
             fill_optimizer(self.model, self.optimizer, _loaded(Path(checkpoint) / NAMED_OPTIMIZER))
             self.lr_scheduler.load_state_dict(_loaded(Path(checkpoint) / SCHEDULER_NAME))
-        elif is_sharded(self.model):
+        elif is_sharded(self.model) and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
             raise ConfigError(
-                f"checkpoint '{checkpoint}' was saved without FSDP: its optimizer's state can't be shared out; go on "
+                f"checkpoint '{checkpoint}' was saved without FSDP: its optimizer's state can't be sharded; go on "
                 "without FSDP, or start anew from its weights"
             )
         else:
@@ -200,8 +208,8 @@ class ResumableTrainer(Trainer):
         trained = has_adapter(plain) or moves_without_adapters(plain)
         sharded = is_sharded(plain)
         with self.served_predictors(plain):
-            state = whole_state(plain) if sharded else None
-            if self.args.should_save or not sharded:
+            state = self._gathered() if sharded else None
+            if self.is_world_process_zero() or not sharded:
                 save_weights(plain, folder, only_predictors=not trained, dtype=dtype, state=state)
 
     @contextmanager
@@ -243,7 +251,7 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_sharded(self.model):
-            return  # it was, before
+            return  # loaded before it was sharded
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         self._load_predictors(folder)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparsekv.errors import ConfigError
@@ -28,18 +28,18 @@ FSDP_VERSION = 2
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Some weight of a model is here in part."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """FSDP keeps a model's weights in parts; between two uses of one it may be whole for a while."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def check_plugin(plugin: Any, *, loads_best: bool) -> None:
-    """Whether a model can be trained under accelerate's FSDP as it is set up.
+def check_plugin(plugin: Any, *, loads_best: bool, predictors: bool) -> None:
+    """Whether a model, with or without relevance predictors, can be trained under accelerate's FSDP as it is set up.
 
     Raises
     ------
     ConfigError
-        For version 1, its own activation checkpointing, and where the best checkpoint would have to be loaded in the
-        end.
+        For version 1, for what the model as it is here could not go through, for predictors beside mixed precision, and
+        where the best checkpoint would have to be loaded in the end.
     """
     version = getattr(plugin, "fsdp_version", 1)
     if version != FSDP_VERSION:
@@ -49,22 +49,43 @@ def check_plugin(plugin: Any, *, loads_best: bool) -> None:
         )
     if getattr(plugin, "activation_checkpointing", False):
         raise ConfigError("FSDP's activation_checkpointing is not supported: use gradient_checkpointing")
+    if getattr(plugin, "cpu_ram_efficient_loading", False):
+        raise ConfigError(
+            "FSDP's cpu_ram_efficient_loading is not supported: adapters and teachers are made of weights that it "
+            "leaves empty at first (accelerate launch --fsdp_cpu_ram_efficient_loading false)"
+        )
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if predictors and getattr(policy, "param_dtype", None) is not None:
+        raise ConfigError(
+            "bf16 is not supported under FSDP with relevance predictors, which compute in float32 and which it would "
+            "cast; load the model in bfloat16 instead (dtype: bfloat16, bf16: false)"
+        )
     if loads_best:
         raise ConfigError(
             "load_best_model_at_end is not supported under FSDP: load its checkpoint afterwards"
         )
 
 
-def shard_exactly(modules: Iterable[nn.Module], plugin: Any) -> None:
-    """Shard modules that compute in the dtype of their weights, whatever mixed precision does to the others.
+def check_dtypes(model: nn.Module) -> None:
+    """Raise a ConfigError unless all that is trained has one dtype, as FSDP needs."""
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    if len(found) > 1:
+        raise ConfigError(
+            f"FSDP needs one dtype of all trainable weights, these are {', '.join(sorted(found))}: train a float32 "
+            "model (dtype: float32), or adapters"
+        )
 
-    Call it before accelerate shards the rest and before an optimizer is made of their weights.
+
+def expect_idle(model: nn.Module, idle: bool) -> None:
+    """Whether weights that one process trains in a step may be idle in another, as predictors are without a context.
+
+    Where all processes leave them out they should have no gradient, as with one process, rather than 0.
     """
-    policy = getattr(plugin, "mixed_precision_policy", None)
-    if getattr(policy, "param_dtype", None) is None:
-        return
-    for module in modules:
-        fully_shard(module)
+    expect = getattr(model, "set_reduce_scatter_unused_params", None)
+    if callable(expect):
+        expect(idle)
+    elif idle:
+        raise ConfigError(f"FSDP of torch {torch.__version__} can't train relevance predictors; 2.13 can")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -83,24 +104,53 @@ def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             there.copy_(value)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's state dict, whole and on the CPU, in the first process; in the others nothing."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+def whole_state(
+    model: nn.Module, modules: Iterable[nn.Module] = (), *, frozen: bool = True
+) -> dict[str, Tensor]:
+    """A sharded model's state dict, whole and on the CPU, in the first process; in the others nothing of worth.
+
+    Parameters
+    ----------
+    modules : whose weights are in it in any case
+    frozen : bool
+        All that is not trained is in it, too.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen)
+    state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in modules:
+        for parameter in module.parameters():
+            state.setdefault(names[id(parameter)], whole(parameter.detach()).cpu())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names[id(parameter)]
+        if first != name and first in state and name in state:
+            state[name] = state[first]  # tied: one tensor, which is written once
+    return state
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """As `whole_state`, of an optimizer, by names of parameters."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
+    return get_optimizer_state_dict(model, _plain(optimizer), options=options)
 
 
 def fill_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
     """Load what `whole_optimizer_state` gave, which every process has to have."""
-    if not state["state"]:  # plain SGD remembers nothing, and torch can't load that
+    own = _plain(optimizer)
+    if not state["state"]:  # plain SGD remembers nothing, which torch can't load
+        for group, saved in zip(own.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
         return
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
+    # Not strict: weights that no step has trained yet have no state. torch makes them one, of a step that never was.
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(model, own, state, options=options)
+    for name, parameter in model.named_parameters():
+        if name not in state["state"]:
+            own.state.pop(parameter, None)
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    return cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))
 
 
 def in_step(batches: Iterable[Batch], accelerator: Any) -> Iterator[tuple[Batch, bool]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
@@ -29,6 +30,10 @@ def head_of(model: Any) -> Head:
     if not isinstance(layer, nn.Linear):
         kind = type(layer).__name__
         raise ConfigError(f"the model's output layer is a {kind}; the loss needs a plain linear layer there")
+    if isinstance(layer.weight, DTensor):
+        raise ConfigError(
+            "FSDP of this accelerate version keeps no whole output layer after a forward; 1.15 does"
+        )
     softcap = getattr(architecture.text_config(plain), "final_logit_softcapping", None)
     return Head(layer.weight, layer.bias, softcap)
 
@@ -88,10 +93,12 @@ def _adapters_off(model: Any) -> Iterator[None]:
         yield
         return
     marks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with off():
+    try:
+        with off():
+            _mark(marks)
+            yield
+    finally:
         _mark(marks)
-        yield
-    _mark(marks)
 
 
 def _mark(marks: Iterable[tuple[nn.Parameter, bool]]) -> None:

@@ -85,7 +85,7 @@ from sparsekv.training.setup import (
     policy_of,
     with_lora,
 )
-from sparsekv.training.sharded import check_plugin, is_sharded, shard_exactly
+from sparsekv.training.sharded import check_dtypes, check_plugin, expect_idle, is_sharded
 from sparsekv.training.student import student_output, teacher_output
 from sparsekv.training.weights import has_adapter
 
@@ -139,7 +139,8 @@ class SparseKVTrainer(ResumableTrainer):
     ConfigError
         For anything that would train nothing: no press and no relaxation, both without a press_share, no trainable
         parameter, an optimizer without some of them, no sample long enough to lose entries; for what of Trainer's would
-        be ignored (model_init, metrics and losses made of logits); and for DataParallel and FSDP version 1.
+        be ignored (model_init, metrics and losses made of logits); and for DataParallel and some ways of FSDP
+        (`sharded.check_plugin`).
     """
 
     def __init__(
@@ -233,7 +234,12 @@ class SparseKVTrainer(ResumableTrainer):
                 "several GPUs in one process (DataParallel) are not supported: start with torchrun"
             )
         if self.is_fsdp_enabled:
-            check_plugin(self.accelerator.state.fsdp_plugin, loads_best=self.args.load_best_model_at_end)
+            check_plugin(
+                self.accelerator.state.fsdp_plugin,
+                loads_best=self.args.load_best_model_at_end,
+                predictors=has_relevance(self.model),
+            )
+            check_dtypes(self.model)
         if self.frozen_teacher is not None:
             self.frozen_teacher.to(self.args.device)
         # compute_loss divides by the items of the whole step; this version pair would divide once more.
@@ -287,6 +293,8 @@ class SparseKVTrainer(ResumableTrainer):
         plan = self.plan(inputs, policy, ratio, observe=True)
         plan.keep_scores = isinstance(policy, RelaxedRelevance)
         plain = self.accelerator.unwrap_model(model)
+        if self.is_fsdp_enabled:
+            expect_idle(plain, isinstance(policy, RelaxedRelevance) or relevance_press(policy) is not None)
         teacher = None
         # Two contexts: what the teacher casts without gradient must not be what the student finds cached.
         with self.accelerator.autocast():
@@ -395,6 +403,10 @@ class SparseKVTrainer(ResumableTrainer):
         Of each of several data sets, by name, as `eval_<name>_perplexity`. The curriculum hears that under eviction, of
         the first one.
         """
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            raise ConfigError(
+                "under FSDP a model can be evaluated once train() has spread it over the processes"
+            )
         judged = samples_of_each(eval_dataset, self.processing_class, self.seq_len)
         found = {
             prefix: held_out_perplexity(self, self.get_eval_dataloader(one))
@@ -420,11 +432,9 @@ class SparseKVTrainer(ResumableTrainer):
     def create_optimizer(self) -> torch.optim.Optimizer:
         """As Trainer's, with the predictors in a group of their own."""
         made = self.optimizer is None
-        predictors = [getattr(module, NAME) for module in relevance_modules(self.model).values()]
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            shard_exactly(predictors, self.accelerator.state.fsdp_plugin)
         optimizer = super().create_optimizer()
-        own = [p for predictor in predictors for p in predictor.parameters() if p.requires_grad]
+        own = [p for m in relevance_modules(self.model).values() for p in getattr(m, NAME).parameters()]
+        own = [p for p in own if p.requires_grad]
         if made and own:
             give_own_group(optimizer, own, lr=self.relevance_lr, weight_decay=self.relevance_weight_decay)
         return optimizer
