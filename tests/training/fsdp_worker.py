@@ -76,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     take_up_fsdp()
     if sys.argv[1] == "sparsekv":
-        sys.exit(call(app, *sys.argv[1:2], sys.argv[2:]))
+        sys.exit(call(app, "sparsekv", sys.argv[2:]))
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     how: dict[str, Any] = {"batch_size": 1, "accumulation": 2}
     found = {name: ddp_worker.run_case(name, folder / name, **how, arguments=FSDP) for name in names}

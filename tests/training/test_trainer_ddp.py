@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from transformers import TrainingArguments
 from sparsekv.errors import ConfigError
 from sparsekv.training.given import prepare_arguments
 from training.ddp_worker import JUDGED, Stream, run_case
+from training.torchrun import run_two
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +22,7 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), "1", "2", "quantile", *EXACT],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(WORKER, str(folder), "1", "2", "quantile", *EXACT)
     return torch.load(folder / "found.pt")
 
 

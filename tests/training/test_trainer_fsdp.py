@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +18,7 @@ from sparsekv.training.sharded import check_dtypes, check_plugin, in_step
 from toy import save_toy_model, tiny_model
 from training.ddp_worker import JUDGED, run_case
 from training.fsdp_worker import ADAM, run_alternating, run_averaged, run_full
+from training.torchrun import run_two
 
 pytestmark = pytest.mark.slow
 
@@ -33,20 +31,8 @@ ONE = {"batch_size": 4, "accumulation": 1}
 def folder(tmp_path_factory):
     """Of two processes' runs."""
     folder = tmp_path_factory.mktemp("fsdp")
-    run_worker(str(folder), *CASES)
+    run_two(WORKER, str(folder), *CASES)
     return folder
-
-
-def run_worker(*arguments, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +162,9 @@ def test_the_command_under_accelerate_launch(tmp_path):
         "FSDP_USE_ORIG_PARAMS": "true",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",
     }
-    run_worker("sparsekv", "train", str(config), "batch_size=1", f"output_dir={tmp_path / 'two'}", **launched)
+    run_two(
+        WORKER, "sparsekv", "train", str(config), "batch_size=1", f"output_dir={tmp_path / 'two'}", **launched
+    )
     check_same_files(tmp_path / "two" / "final", wanted, within=1e-4)
     rows = [(tmp_path / each / "metrics.jsonl").read_text().splitlines() for each in ("one", "two")]
     for ours, theirs in zip(*rows, strict=True):

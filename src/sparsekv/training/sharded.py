@@ -174,9 +174,9 @@ def in_step(batches: Iterable[Batch], accelerator: Any) -> Iterator[tuple[Batch,
             raise ConfigError(
                 "eval_dataset has fewer samples than there are processes; FSDP needs one for each"
             )
-        counts = found is not None
-        last = [found] if found is not None else last
-        yield last[0], counts
+        if found is not None:
+            last = [found]
+        yield last[0], found is not None
 
 
 def _votes(accelerator: Any, left: bool, ready: bool) -> tuple[bool, bool]:
