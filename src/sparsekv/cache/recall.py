@@ -96,7 +96,7 @@ class TieredReader:
         real = self.tiers.real_columns(layer.get_seq_length())
         plan = self._plan(tiered, real, n_query)
         tiered.attended_passive = None
-        if not plan.asked.any() and not plan.over.any():
+        if plan is None or not (plan.asked.any() or plan.over.any()):
             return attend_stored(layer, query, attention_mask, scaling)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = tail_mask(layer, attention_mask, n_query, query.device)
@@ -141,7 +141,8 @@ class TieredReader:
 
     # ---- how much may move --------------------------------------------------------------------------------------
 
-    def _plan(self, layer: TieredLayer, real: Bools | None, n_query: int) -> _Plan:
+    def _plan(self, layer: TieredLayer, real: Bools | None, n_query: int) -> _Plan | None:
+        """None: nothing may move and nothing is looked at, as at most steps of a layer."""
         tiers, store, quotas = self.tiers, layer.store, np.array(layer.quotas())
         sizes = np.array(store.counts) + store.tail
         if real is not None:  # padding takes no place: it is gone with the next new buffer
@@ -150,11 +151,13 @@ class TieredReader:
         rows = (layer.batch, layer.n_kv_heads)
         # The heads of a row lend places to each other. A row does what it would do alone, whatever the others do.
         free = (quotas - sizes).reshape(rows).sum(axis=1)
-        deferred = tiers.leaves_it_to_policy(self.index, n_query, store.seen, int(quotas.min()))
         full_rows = (free < 0) | (sizes > quotas + LENT).reshape(rows).any(axis=1)
-        full = full_rows.repeat(rows[1]) & (not deferred)
         spare = quotas - slack(quotas) - sizes
-        limit = tiers.recall_tokens
+        limit, looks = tiers.recall_tokens, self._looks(layer, n_query)
+        if limit is None and not looks and not full_rows.any() and (spare <= 0).all():
+            return None
+        deferred = tiers.leaves_it_to_policy(self.index, n_query, store.seen, int(quotas.min()))
+        full = full_rows.repeat(rows[1]) & (not deferred)
         over, fill = np.where(full, (-spare).clip(min=0), 0), np.zeros_like(sizes)
         waiting = tiers.counts(self.index, *rows).numpy()
         if limit is None and not deferred and (spare > 0).any():
@@ -166,9 +169,12 @@ class TieredReader:
             asked = waiting.clip(max=limit)
         else:
             filling = (fill > 0).reshape(rows).any(axis=1).repeat(rows[1])
-            looks = full | filling | self._looks(layer, n_query)
             # As many as there are residents: their best could all come.
-            asked = np.where(looks, np.minimum(fill + (sizes - over).clip(min=tiers.page_size), waiting), 0)
+            asked = np.where(
+                full | filling | looks,
+                np.minimum(fill + (sizes - over).clip(min=tiers.page_size), waiting),
+                0,
+            )
         return _Plan(quotas, fill, over, waiting, asked, least)
 
     def _looks(self, layer: TieredLayer, n_query: int) -> bool:
