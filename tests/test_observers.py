@@ -128,3 +128,40 @@ def test_sampled_queries_belong_to_row_seed_and_layer():
 def test_mistakes_are_told(given, message):
     with pytest.raises(ConfigError, match=message):
         AttentionSparsity(**given)
+
+
+@pytest.mark.parametrize("kind", ["entropy", "l1"])
+def test_sparsity_counts_fading_entries_by_their_weight(kind):
+    """A weight of 1 is nothing evicted, one of 0 is evicted, 0.3 adds log 0.3 to the logits of what would be hidden."""
+    measure = AttentionSparsity(kind=kind, n_queries=None)
+    nothing = torch.where(seen().evicted_at > 0, NEVER, 0).to(torch.int32)
+    whole, hard = (
+        measure.observe(seen(evicted_at=nothing)).detach(),
+        measure.observe(seen()).detach(),
+    )
+    weight = torch.zeros(B, H, T)
+    torch.testing.assert_close(measure.observe(seen(log_weight=weight)).detach(), whole)
+    torch.testing.assert_close(measure.observe(seen(log_weight=weight - 1e4)).detach(), hard)
+
+    weight = torch.full((B, H, T), 0.3).log().requires_grad_()
+    case = seen(log_weight=weight)
+    found, rows = measure.observe(case), []
+    for row in range(B):
+        start, column = START[row], torch.arange(T)
+        logits = (
+            case.query[row] @ case.key[row].repeat_interleave(HQ // H, 0).transpose(1, 2)
+        ) * case.scaling
+        hidden = column[:, None] >= case.evicted_at[row].repeat_interleave(HQ // H, 0)[:, None, :]
+        logits = torch.where(hidden, logits + weight[row].repeat_interleave(HQ // H, 0)[:, None, :], logits)
+        allowed = (column <= column[:, None]) & (column >= start)
+        p = logits.masked_fill(~allowed, float("-inf")).softmax(-1)[:, start:, start:]
+        entropy = -(p * torch.where(p > 0, p, 1.0).log()).sum(-1)
+        rows.append((entropy if kind == "entropy" else p.sum(-1) / p.norm(dim=-1)).mean())
+    wanted = torch.stack(rows).mean()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    (grad,), (other,) = (
+        torch.autograd.grad(found, weight, retain_graph=True),
+        torch.autograd.grad(wanted, weight),
+    )
+    assert other.abs().max() > 0
+    torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)

@@ -60,8 +60,9 @@ class RetainedAttention:
 class AttentionSparsity:
     """A loss that is small where attention is concentrated on few entries.
 
-    Computed over what each sampled query can see. Queries are drawn uniformly and anew for every layer and seed, so
-    the mean is an unbiased estimate of that over all queries.
+    Computed over what each sampled query can see; entries that fade count by their weight, as attention reads them.
+    Queries are drawn uniformly and anew for every layer and seed, so the mean is an unbiased estimate of that over all
+    queries.
 
     Parameters
     ----------
@@ -88,13 +89,17 @@ class AttentionSparsity:
             raise ConfigError(f"sparsity n_queries must be at least 1, got {self.n_queries}")
 
     def observe(self, seen: Seen) -> Tensor:
-        """A scalar, differentiable with respect to queries and keys."""
+        """A scalar, differentiable with respect to queries, keys and soft weights."""
         values = []
         for row in range(seen.query.shape[0]):
             start, _ = _span(seen, row)
             columns = self._columns(seen, row, start)
-            hidden = ~(columns[:, None] < seen.evicted_at[row, :, None, start:].to(columns.device))
-            p = attention_weights(seen, row, columns, start, hidden)
+            visible = columns[:, None] < seen.evicted_at[row, :, None, start:].to(columns.device)
+            if seen.log_weight is None:
+                p = attention_weights(seen, row, columns, start, hidden=~visible)
+            else:
+                soft = seen.log_weight[row, :, None, start:].to(columns.device, torch.float32)
+                p = attention_weights(seen, row, columns, start, fading=torch.where(visible, 0.0, soft))
             if self.kind == "entropy":
                 # The gradient of p log p is infinite at 0, where hidden entries are.
                 values.append(-(p * p.clamp_min(1e-30).log()).sum(-1).mean())
@@ -116,17 +121,25 @@ class AttentionSparsity:
 
 
 def attention_weights(
-    seen: Seen, row: int, columns: Tensor, start: int, hidden: Tensor | None = None
+    seen: Seen,
+    row: int,
+    columns: Tensor,
+    start: int,
+    hidden: Tensor | None = None,
+    fading: Tensor | None = None,
 ) -> Tensor:
     """Softmax weights fp32 [H, G, S, T - start] of the queries at `columns` over the row's entries up to themselves.
 
-    `hidden` BoolTensor [H or 1, S, T - start] takes entries out before the softmax.
+    `hidden` BoolTensor [H or 1, S, T - start] takes entries out before the softmax; `fading`, fp32 of that shape, is
+    added to their logits.
     """
     heads, groups = seen.key.shape[1], seen.query.shape[1] // seen.key.shape[1]
     key = seen.key[row, :, start:]
     query = seen.query[row, :, columns].reshape(heads, groups * len(columns), -1)
     logits = (query @ key.transpose(1, 2)).float() * seen.scaling
     logits = logits.view(heads, groups, len(columns), key.shape[1])
+    if fading is not None:
+        logits = logits + fading[:, None]
     future = torch.arange(start, start + key.shape[1], device=columns.device) > columns[:, None]
     blocked = future if hidden is None else future | hidden[:, None]
     return logits.masked_fill(blocked, float("-inf")).softmax(-1)

@@ -38,9 +38,27 @@ def test_a_fraction_of_the_others_stays(fraction: float, n_others: int) -> None:
     assert len(draws) == 1 or {c for d in draws for c in d} == set(range(13))
 
 
-def test_a_fraction_and_a_budget_are_too_much() -> None:
-    with pytest.raises(ConfigError, match=r"random_fraction=0.5 and budget tokens=9 are both given"):
-        kept(Anchors(SMALL, random_fraction=0.5), budget=Budget(tokens=9))
+@pytest.mark.parametrize(("fill", "by_rule"), [("recent", {9, 11}), ("uniform", {4, 9})])
+def test_a_fraction_of_what_fills_a_budget_is_drawn(fill: Any, by_rule: set[int]) -> None:
+    """7 anchors and 4 of the 6 others, of which half is drawn; the rule alone takes the rest."""
+    draws = set()
+    for seed in range(60):
+        chosen = kept(Anchors(SMALL, fill=fill, random_fraction=0.5), seed, Budget(tokens=11))
+        assert len(chosen) == len(set(chosen)) == 11 and set(chosen) >= ANCHORS | by_rule
+        draws.add(tuple(chosen))
+    assert len(draws) == 6, "two of the other four"
+    assert len({tuple(kept(Anchors(SMALL, fill=fill), s, Budget(tokens=11))) for s in range(9)}) == 1
+    every = {
+        tuple(kept(Anchors(SMALL, fill=fill, random_fraction=1.0), s, Budget(tokens=11))) for s in range(200)
+    }
+    assert len(every) == 15, "any four of the six"
+    for tokens in (7, 13, 20):  # no room, just enough, more than there is
+        assert len(kept(Anchors(SMALL, fill=fill, random_fraction=0.5), 1, Budget(tokens=tokens))) == min(
+            tokens, 13
+        )
+
+
+def test_a_fraction_is_in_0_to_1() -> None:
     with pytest.raises(ConfigError, match=r"random_fraction must be in \[0, 1\], got 1.5"):
         Anchors(random_fraction=1.5)
 

@@ -211,6 +211,9 @@ def test_sparse_reg_evicts_nothing_and_says_what_to_add(model: Any) -> None:
         SparseRegPress("L1")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="sparsity weight must be a number >= 0, got -1"):
         SparseRegPress(weight=-1)
+    assert SparseRegPress(keep_ratio=0.7).compression_ratio == pytest.approx(0.3)
+    with pytest.raises(ConfigError, match="unknown argument of SparseRegPress 'n_sink'"):
+        SparseRegPress(n_sink=4)
 
 
 # ---- mistakes ----

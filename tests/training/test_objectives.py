@@ -39,6 +39,10 @@ def batch():
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def ready(boundaries, seeds):
+    return batch() | {"boundary": torch.tensor(boundaries), "seeds": torch.tensor(seeds)}
+
+
 def by_hand(student, teacher, batch, temperature=1.0):
     """(CE, KL) fp32 [B, T] at the label's column; 0 where there is no label."""
     ce, kl = torch.zeros(B, T), torch.zeros(B, T)
@@ -127,7 +131,7 @@ def test_context_tokens_are_held_at_the_teacher():
 
 def test_reconstruction_appends_a_span_of_the_context():
     objective = ReconstructionObjective(weight=0.5, span=4, cue=1)
-    made = objective.prepare(batch(), boundaries=[6, 7], seeds=[11, 12])
+    made = objective.prepare(ready([6, 7], [11, 12]))
     assert made["input_ids"].shape == made["labels"].shape == made["attention_mask"].shape == (B, T + 4)
     assert made["attention_mask"][:, T:].all()
     for row, (start, boundary) in enumerate([(0, 6), (2, 7)]):
@@ -136,14 +140,14 @@ def test_reconstruction_appends_a_span_of_the_context():
         assert places, "the span lies in the row's own context"
         assert made["labels"][row, T:].tolist() == [-100, *tail[1:].tolist()]
         assert made[REPEATED][row].tolist() == [False] * (T + 1) + [True] * 3
-    again = objective.prepare(batch(), boundaries=[6, 7], seeds=[11, 12])
+    again = objective.prepare(ready([6, 7], [11, 12]))
     assert torch.equal(again["input_ids"], made["input_ids"])
     spans = {
-        tuple(objective.prepare(batch(), [6, 7], [seed, seed])["input_ids"][0, T:].tolist())
+        tuple(objective.prepare(ready([6, 7], [seed, seed]))["input_ids"][0, T:].tolist())
         for seed in range(20)
     }
     assert len(spans) == 3, "every place is drawn"
-    short = objective.prepare(batch(), boundaries=[3, 5], seeds=[11, 12])
+    short = objective.prepare(ready([3, 5], [11, 12]))
     assert not short[REPEATED].any() and (short["labels"][:, T:] == -100).all()
 
     generator = torch.Generator().manual_seed(9)
@@ -159,6 +163,25 @@ def test_reconstruction_appends_a_span_of_the_context():
     torch.testing.assert_close(losses.parts["reconstruction"], ce[repeated].sum())
 
 
+def test_the_span_that_loses_most_of_what_is_scored_is_repeated():
+    """Of a span's four tokens the first is its cue: what is lost of it does not count."""
+    objective = ReconstructionObjective(span=4, cue=1)
+    evicted = torch.zeros(B, T)
+    evicted[0, 3:5] = 1.0  # spans at 1 and 2 score both, that at 0 scores one
+    evicted[1, 2] = 1.0  # the cue of the only span that sees it, so all lose nothing
+    places = set()
+    for seed in range(20):
+        made = objective.prepare(ready([6, 7], [seed, seed]), evicted)
+        ids = made["input_ids"]
+        places.add(next(i for i in range(3) if torch.equal(ids[0, i : i + 4], ids[0, T:])))
+    assert places == {1, 2}
+    spans = {
+        tuple(objective.prepare(ready([6, 7], [s, s]), evicted)["input_ids"][1, T:].tolist())
+        for s in range(20)
+    }
+    assert len(spans) == 2, "nothing is lost: all are drawn"
+
+
 def test_mixed_is_the_weighted_sum():
     student, teacher, made = output(0), output(1), batch()
     ce, kl = by_hand(student, teacher, made)
@@ -168,7 +191,7 @@ def test_mixed_is_the_weighted_sum():
     whole = MixedObjective(
         [(StandardLMObjective(), 2.0), (ReconstructionObjective(weight=0.5, span=4, cue=1), 4.0)]
     )
-    prepared = whole.prepare(batch(), [6, 7], [11, 12])
+    prepared = whole.prepare(ready([6, 7], [11, 12]))
     terms = whole.terms(prepared)
     assert terms.ce[prepared[REPEATED]].unique().tolist() == [4.0 * 0.5], (
         "the standard part leaves them alone"
@@ -186,7 +209,7 @@ def test_a_mixture_may_be_part_of_a_mixture():
         "attention_mask": torch.ones(2, 12, dtype=torch.long),
         "labels": torch.arange(24).reshape(2, 12),
     }
-    batch = flat.prepare(batch, (8, 9), (1, 2))
+    batch = flat.prepare(batch | {"boundary": torch.tensor([8, 9]), "seeds": torch.tensor([1, 2])})
     wanted = flat.terms(batch)
     for parts in (
         [(MixedObjective([(eit, 0.3)]), 2.0), (again, 2.0)],

@@ -6,21 +6,29 @@ import copy
 from typing import Any
 
 import datasets
+import kvpress
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sparsekv import BlockDropoutPress, EvictionAugPress
+from sparsekv import BlockDropoutPress, EvictionAugPress, SentenceDropoutPress, SoftThresholdPress
 from sparsekv.errors import ConfigError
 from sparsekv.policies import make_policy
 from sparsekv.policies.base import Policy
-from sparsekv.training import AdaptiveCurriculum
+from sparsekv.training import (
+    AdaptiveCurriculum,
+    EITObjective,
+    FixedCurriculum,
+    LinearCurriculum,
+    MixedObjective,
+    ReconstructionObjective,
+)
 from sparsekv.training.curricula import StepCurriculum
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation
-from toy import tiny_model
+from toy import tiny_model, toy_tokenizer
 from training.ddp_worker import samples
-from training.toy_trainer import arguments, trainer_for
+from training.toy_trainer import arguments, first_step, trainer_for
 
 PRESS = BlockDropoutPress(block_size=4, compression_ratio=0.5, n_sink=1, recent=3)
 STREAMING = DroppingConfig("streaming", window=32)
@@ -197,3 +205,138 @@ def test_a_stream_that_is_too_short_to_lose_anything_is_told_once(tmp_path, capl
     (told,) = logged(24)
     assert told.startswith("up to step 2 nothing was dropped, where a fraction of 0.5")
     assert logged(100) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"press": SoftThresholdPress(threshold=-50.0), "curriculum": LinearCurriculum(0.1, 0.9)},
+            r"SoftThresholdPress has a threshold of its own, and curriculum linear sets a ratio; give one",
+        ),
+        (
+            {
+                "press": EvictionAugPress(["knorm"]),
+                "objective": MixedObjective([(EITObjective(lambda_context=1.0), 1.0)]),
+                "dropping": DroppingConfig("streaming", window=8),
+            },
+            r"objective mixed with lambda_context is for dropping 'prefill'",
+        ),
+    ],
+)
+def test_what_would_mean_nothing_is_refused(given, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        trainer_for(tmp_path, **given)
+
+
+def test_a_threshold_of_its_own_goes_with_predictors_that_have_a_curriculum(tmp_path):
+    press = SoftThresholdPress(threshold=0.0, n_sink=1, recent=2)
+    given = {"relaxation": Relaxation(n_sink=1, n_recent=2), "press_share": 0.5}
+    trainer_for(tmp_path, press=press, curriculum=LinearCurriculum(0.1, 0.9), **given)
+    trainer_for(tmp_path, press=press, curriculum=FixedCurriculum(0.0))
+
+
+@pytest.mark.parametrize(
+    ("metric", "curriculum", "message"),
+    [
+        (None, LinearCurriculum(0.0, 0.9), "the least evicted would win; give curriculum fixed"),
+        ("eval_loss", AdaptiveCurriculum(baseline=9.0), "would compare eval_loss under eviction"),
+        ("perplexity_evicted", LinearCurriculum(0.0, 0.9), "would compare perplexity_evicted"),
+        (
+            "perplexity",
+            LinearCurriculum(0.0, 0.9),
+            "perplexity is better the less it is: give greater_is_better=False",
+        ),
+        ("perplexity_evicted", FixedCurriculum(0.5), "give greater_is_better=False"),
+    ],
+)
+def test_the_best_of_different_ratios_is_refused(metric, curriculum, message, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    given = {"press": EvictionAugPress(["knorm"]), "curriculum": curriculum, "eval_dataset": samples(2)}
+    with pytest.raises(ConfigError, match=message):
+        trainer_for(tmp_path, {**steps, **best}, **given)
+    allowed = {"metric_for_best_model": "perplexity", "greater_is_better": False}
+    trainer_for(tmp_path, {**steps, **best, **allowed}, **given)
+
+
+def test_data_without_any_label_is_refused(tmp_path):
+    rows = [
+        {**row, "labels": [row["input_ids"][0], *[-100] * (len(row["input_ids"]) - 1)]} for row in samples()
+    ]
+    press = EvictionAugPress(["knorm"], 0.5)
+    for given in ({"train_dataset": rows}, {"eval_dataset": rows}):
+        with pytest.raises(
+            ConfigError, match=r"no usable row: 12 rows, none of 2 tokens with a label after the first"
+        ):
+            trainer_for(tmp_path, press=press, **given)
+    trainer = trainer_for(tmp_path, press=press, train_dataset=[*rows, *samples(4)])
+    assert all(any(label != -100 for label in trainer.train_dataset[i]["labels"][1:]) for i in range(16))
+
+
+def test_a_ratio_of_kvpress_is_the_default_curriculum(tmp_path):
+    """On a copy: the press stays as it was."""
+    press = kvpress.AdaKVPress(kvpress.KnormPress(0.5))
+    trainer = trainer_for(tmp_path, press=press)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "requested_compression" in row]
+    assert [row["requested_compression"] for row in logged] == [0.5] * 3 and press.compression_ratio == 0.5
+    assert all(row["achieved_compression"] == pytest.approx(0.5, abs=0.05) for row in logged)
+    other = trainer_for(tmp_path, press=kvpress.KnormPress(0.5), curriculum=FixedCurriculum(0.25))
+    other.train()
+    assert other.state.log_history[0]["achieved_compression"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_press_brings_its_tokenizer(tmp_path):
+    press = SentenceDropoutPress(0.5, tokenizer=toy_tokenizer(), n_sink=1, recent=2)
+    trainer_for(tmp_path, press=press, tokenizer=None, data_collator=LeftPadded()).train()
+
+
+class LeftPadded:
+    """Without a tokenizer, as a user's own collator may be."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, fill: int) -> torch.Tensor:
+            return torch.tensor([[fill] * (longest - len(row[name])) + list(row[name]) for row in rows])
+
+        lengths = [longest - len(row["input_ids"]) for row in rows]
+        bounds = [
+            row["boundary"] + pad if row["boundary"] else 0 for row, pad in zip(rows, lengths, strict=True)
+        ]
+        return {
+            "input_ids": padded("input_ids", 0),
+            "attention_mask": padded("attention_mask", 0),
+            "labels": padded("labels", -100),
+            "boundary": torch.tensor(bounds),
+            "sample_index": torch.tensor([row["sample_index"] for row in rows]),
+        }
+
+
+def test_the_span_to_repeat_was_evicted(tmp_path):
+    """With a policy that looks at tokens alone, all that is scored of it, or all that there is of an evicted block."""
+    press = BlockDropoutPress(block_size=6, n_sink=1, recent=2)
+    scored, lost = 0, 0.0
+    trainer = trainer_for(
+        tmp_path,
+        press=press,
+        curriculum=FixedCurriculum(0.5),
+        objective=ReconstructionObjective(span=5, cue=1),
+        train_dataset=[
+            {
+                "input_ids": torch.randperm(200, generator=torch.Generator().manual_seed(i))[:40].tolist(),
+                "boundary": 30,
+            }
+            for i in range(12)
+        ],
+    )
+    for _ in range(3):
+        batch, _ = first_step(trainer)
+        policy, ratio = trainer._at_this_step()
+        at = trainer.plan(batch, policy, ratio).selection.evicted_at[:, 0, 0]
+        for row in range(len(at)):
+            ids, tail = batch["input_ids"][row, :40].tolist(), batch["input_ids"][row, 41:].tolist()
+            begin = next(i for i in range(40) if ids[i : i + 4] == tail)
+            scored, lost = scored + 4, lost + float((at[row, begin : begin + 4] <= 40).sum())
+    assert lost == scored > 0

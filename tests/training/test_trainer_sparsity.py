@@ -8,7 +8,13 @@ import torch
 import sparsekv
 from sparsekv import SparseRegPress
 from sparsekv.errors import ConfigError
-from sparsekv.training import MixedObjective, SparseKVTrainer, SparseLMObjective, StandardLMObjective
+from sparsekv.training import (
+    FixedCurriculum,
+    MixedObjective,
+    SparseKVTrainer,
+    SparseLMObjective,
+    StandardLMObjective,
+)
 from sparsekv.training.student import student_output
 from training.toy_trainer import first_step, trainer_for
 
@@ -56,3 +62,26 @@ def test_the_press_adds_its_weight_times_the_mean_over_layers(kind, tmp_path):
 def test_two_sparsity_losses_are_refused(objective, tmp_path):
     with pytest.raises(ConfigError, match="each ask for a sparsity loss; give one"):
         trainer_for(tmp_path, press=SparseRegPress("entropy", 0.3), lora=None, objective=objective)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"press": sparsekv.SoftThresholdPress(n_sink=1, recent=3)},
+        {"press": sparsekv.EvictionAugPress(["knorm"], soft_scores=True)},
+        {"press": sparsekv.BlockDropoutPress(block_size=4, n_sink=1, recent=3)},
+    ],
+    ids=["soft_threshold", "soft_scores", "blocks"],
+)
+def test_at_ratio_0_attention_is_as_spread_as_without_eviction(given, tmp_path):
+    found = []
+    for press, ratio in ((sparsekv.FullPress(), 0.0), (given["press"], 0.0), (given["press"], 0.5)):
+        trainer = trainer_for(
+            tmp_path, press=press, objective=SparseLMObjective(0.3), curriculum=FixedCurriculum(ratio)
+        )
+        batch, items = first_step(trainer)
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+        read = trainer.meter.read()
+        found.append((read["ce"], read["sparsity"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert abs(found[2][1] - found[0][1]) > 1e-3 * found[0][1]

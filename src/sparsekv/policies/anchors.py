@@ -17,7 +17,7 @@ from sparsekv.errors import ConfigError, unknown
 from sparsekv.policies.base import LayerContext, LayerPolicy, TokenPolicy, TokenRow
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.picks import drawn, evenly, row_generator
-from sparsekv.policies.sizes import check_size, check_switches, refuse_budget, require_budget, total_beside
+from sparsekv.policies.sizes import check_size, check_switches, require_budget, total_beside
 from sparsekv.policies.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Anchors(TokenPolicy):
         Which other tokens fill a budget: the latest, evenly spread ones, or drawn ones.
     random_fraction : float in [0, 1]
         Without a budget: how many of the tokens that are no anchors stay too, drawn at random (at least one if over
-        0). Beside a budget it is an error; there fill="random" draws the others.
+        0). With one: how many of those that fill it are drawn at random, from what `fill` leaves out.
     seed : int
         For what is drawn, together with the row's own seed.
     """
@@ -242,8 +242,6 @@ class Anchors(TokenPolicy):
             others = (~kept).nonzero().flatten()
             kept[others[self._others(int(others.numel()), row.seed).to(others.device)]] = True
             return kept[None, None]
-        if self.random_fraction:
-            refuse_budget("anchors", budget, f"random_fraction={self.random_fraction}")
         total = total_beside("anchors", budget, row.n, sink_size=self.config.n_sink)
         kept = most_important(kinds, total)
         free = (~kept).nonzero().flatten()
@@ -260,11 +258,17 @@ class Anchors(TokenPolicy):
 
     def _filling(self, n: int, k: int, row_seed: int) -> Tensor:
         """LongTensor [k]: which of the n tokens that are no anchors fill the budget."""
-        if self.fill == "uniform":
-            return evenly(k, n)
+        generator = row_generator(self.seed, row_seed)
         if self.fill == "random":
-            return drawn((n,), k, row_generator(self.seed, row_seed))
-        return torch.arange(n - k, n)
+            return drawn((n,), k, generator)
+        n_drawn = (
+            Budget(compression_ratio=1 - self.random_fraction).n_kept(k) if self.random_fraction and k else 0
+        )
+        by_rule = evenly(k - n_drawn, n) if self.fill == "uniform" else torch.arange(n - k + n_drawn, n)
+        left = torch.ones(n, dtype=torch.bool)
+        left[by_rule] = False
+        others = left.nonzero().flatten()
+        return torch.cat([by_rule, others[drawn((len(others),), n_drawn, generator)]])
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,15 @@ class SparseRegPress(PolicyPress):
     reads_ids = False
 
     def __init__(
-        self, kind: SparsityKind = "entropy", weight: float = 0.01, compression_ratio: float = 0.0
+        self,
+        kind: SparsityKind = "entropy",
+        weight: float = 0.01,
+        compression_ratio: float | None = None,
+        **more: Any,
     ) -> None:
+        given = one_spelling("SparseRegPress", {"compression_ratio": compression_ratio, **more})
+        ratio = given.pop("compression_ratio", 0.0)
+        for key in given:
+            raise unknown("argument of SparseRegPress", key, ["kind", "weight", "compression_ratio", *RATIOS])
         self.sparsity = Sparsity(kind, weight)
-        super().__init__(Full(), compression_ratio)
+        super().__init__(Full(), ratio)

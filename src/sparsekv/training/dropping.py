@@ -215,9 +215,9 @@ def ready_batch(
     *,
     seed: int,
     epoch: int,
-    prepare: Callable[[dict[str, Tensor], Sequence[int], Sequence[int]], dict[str, Tensor]] | None,
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
 ) -> dict[str, Tensor]:
-    """A collated batch with seeds and boundaries, and what the objective makes of it (`Objective.prepare`, or None).
+    """A collated batch with seeds and boundaries, and what the objective makes of that (`Objective.prepare`, or None).
 
     Raises
     ------
@@ -240,7 +240,18 @@ def ready_batch(
     made["labels"] = made["labels"].masked_fill(first, IGNORED)
     seeds = row_seeds(seed, epoch, made.pop("sample_index"))
     boundaries = resolve_boundaries(made[BOUNDARY], made["attention_mask"], seeds, dropping.boundary)
-    if prepare is not None:
-        made = prepare(made, boundaries, seeds)
     made[BOUNDARY], made[SEEDS] = torch.tensor(boundaries), torch.tensor(seeds)
-    return made
+    return made if prepare is None else prepare(made)
+
+
+def evicted_share(plan: SelectionPlan, mask: Tensor) -> Tensor | None:
+    """FloatTensor [B, T]: from how many of the layers and kv heads, of all, an entry has left after the last column.
+
+    None where that can't be told beforehand: of policies that decide inside the layers, and under streaming, where the
+    tokens that follow belong to what is chosen among.
+    """
+    if plan.selection is None or plan.window is not None:
+        return None
+    at = plan.selection.evicted_at
+    leaves = (at > 0) & (at <= mask.shape[1])
+    return leaves.float().mean(dim=(1, 2))

@@ -19,6 +19,7 @@ from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.sparsity import Sparsity
 from sparsekv.relevance.predictor import Served
+from sparsekv.training.curricula import FixedCurriculum
 from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.dropping import DroppingConfig, last_drawn
 from sparsekv.training.objective import Objective
@@ -71,23 +72,76 @@ def check_drops(policy: Policy | None, relaxation: Relaxation | None, press_shar
         )
 
 
-def own_budget(press: Any, curriculum: Curriculum | None) -> Budget | None:
+def own_budget(press: Any, curriculum: Curriculum | None, *, alone: bool = True) -> Budget | None:
     """The budget of a press that decides by sizes of its own: it has no ratio, and no curriculum to set one.
+
+    `alone`: no predictors are trained that a curriculum could be meant for.
 
     Raises
     ------
     ConfigError
-        For a press with a number of tokens to keep beside a curriculum, whose ratios would have no meaning.
+        For a press with a threshold or a number of tokens to keep beside a curriculum, whose ratios would have no
+        meaning.
     """
     budget: Budget | None = press.budget() if hasattr(press, "budget") else None
     if budget is None or budget.compression_ratio is not None:
         return None
+    if alone and getattr(press, "own_sized", False) and not (curriculum is None or is_fixed(curriculum, 0.0)):
+        raise ConfigError(
+            f"press {type(press).__name__} has a {press.own_size} of its own, and curriculum {curriculum.name} sets a "
+            "ratio; give one"
+        )
     if curriculum is not None and budget.tokens is not None:
         raise ConfigError(
             f"press {type(press).__name__} keeps {budget.tokens} tokens, and curriculum {curriculum.name} sets a "
             "ratio; give one"
         )
     return budget if getattr(press, "own_sized", False) or curriculum is None else None
+
+
+def is_fixed(curriculum: Curriculum, ratio: float | None = None) -> bool:
+    """Whether the ratio is the same at every step; with a `ratio`, whether it is that."""
+    return isinstance(curriculum, FixedCurriculum) and ratio in (None, curriculum.ratio(0, 1))
+
+
+def check_best(args: TrainingArguments, curriculum: Curriculum, *, own_sized: bool) -> None:
+    """Whether "the best" of `load_best_model_at_end` is the best model.
+
+    Raises
+    ------
+    ConfigError
+        Where evaluations under eviction at different ratios would be compared: the least evicted would win. And where a
+        perplexity or a loss would be the better the greater it is.
+    """
+    if not args.load_best_model_at_end:
+        return
+    metric = args.metric_for_best_model or "loss"
+    evicted, full = metric.endswith(("loss", "perplexity_evicted")), metric.endswith("perplexity")
+    if evicted and not (own_sized or is_fixed(curriculum)):
+        raise ConfigError(
+            f"load_best_model_at_end would compare {metric} under eviction at other ratios, which curriculum "
+            f"{curriculum.name} sets: the least evicted would win; give curriculum fixed, or "
+            "metric_for_best_model='perplexity' (with the full cache) and greater_is_better=False"
+        )
+    if (evicted or full) and args.greater_is_better:
+        raise ConfigError(
+            f"metric_for_best_model {metric} is better the less it is: give greater_is_better=False"
+        )
+
+
+def check_objective(objective: Objective, dropping: DroppingConfig) -> None:
+    """Whether a way of dropping leaves what an objective judges.
+
+    Raises
+    ------
+    ConfigError
+        If it holds tokens of the context to the teacher as ones that lost nothing, which under streaming they do.
+    """
+    if objective.judges_context and dropping.way == "streaming":
+        raise ConfigError(
+            f"objective {objective.name} with lambda_context is for dropping 'prefill': under 'streaming' the "
+            "context's own tokens have lost entries, too"
+        )
 
 
 def check_start_share(

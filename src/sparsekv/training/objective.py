@@ -9,7 +9,7 @@ over all micro-batches and processes. So accumulation and data parallelism chang
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -69,15 +69,23 @@ class Objective(ABC):
     temperature: float = 1.0
     sparsity_kind: Literal["entropy", "l1"] | None = None
 
+    judges_context: bool = False
+    """True if tokens before the boundary are held to the teacher, as ones that lose nothing."""
+
     @property
     def changes_batch(self) -> bool:
         """True if `prepare` adds to a batch."""
         return type(self).prepare is not Objective.prepare
 
-    def prepare(
-        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """The batch to train on; by default as it is."""
+    def prepare(self, batch: dict[str, Tensor], evicted: Tensor | None = None) -> dict[str, Tensor]:
+        """The batch to train on; by default as it is.
+
+        Parameters
+        ----------
+        batch : with boundaries and seeds
+        evicted : FloatTensor [B, T], optional
+            In how much of the cache each entry will be missing; None where only the forward can tell.
+        """
         return batch
 
     @abstractmethod

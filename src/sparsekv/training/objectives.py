@@ -107,6 +107,11 @@ class EITObjective(Objective):
                 f"objective eit: context_tokens must be a whole number >= 1, got {self.context_tokens!r}"
             )
 
+    @property
+    def judges_context(self) -> bool:  # type: ignore[override]
+        """True with a lambda_context."""
+        return self.lambda_context > 0
+
     def terms(self, batch: Mapping[str, Tensor]) -> Terms:
         """CE lambda_ce, KL lambda_kl, and lambda_context over a draw of the context."""
         one = _ones(batch)
@@ -132,10 +137,11 @@ class EITObjective(Objective):
 @OBJECTIVES.register("reconstruction")
 @dataclass(frozen=True)
 class ReconstructionObjective(Objective):
-    """Cross-entropy, and repeat a span of the context from what eviction left of it.
+    """Cross-entropy, and repeat an evicted span of the context from what is left of it.
 
     A span from before the boundary is appended to every sample; its first `cue` tokens say which one it is, the
-    rest are scored. What is appended changes nothing before it.
+    rest are scored. What is appended changes nothing before it. The span is drawn among those that lose most of what
+    is scored, where that is known beforehand (policies that look at tokens alone, after a boundary); else among all.
 
     Parameters
     ----------
@@ -158,11 +164,10 @@ class ReconstructionObjective(Objective):
                 f"objective reconstruction: 1 <= cue < span, got cue {self.cue}, span {self.span}"
             )
 
-    def prepare(
-        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
-    ) -> dict[str, Tensor]:
+    def prepare(self, batch: dict[str, Tensor], evicted: Tensor | None = None) -> dict[str, Tensor]:
         """Append a drawn span of every row's context; rows with a context shorter than it repeat nothing."""
         ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        boundaries, seeds = batch[BOUNDARY].tolist(), batch[SEEDS].tolist()
         rows, total = ids.shape
         tail = torch.zeros(rows, self.span, dtype=ids.dtype, device=ids.device)
         tail_labels = torch.full_like(tail, IGNORED)
@@ -171,7 +176,10 @@ class ReconstructionObjective(Objective):
             room = boundary - start - self.span
             if room < 0:
                 continue
-            begin = start + seed_of(seed, 2) % (room + 1)
+            begins = torch.arange(start, start + room + 1)
+            if evicted is not None:
+                begins = begins[self._lost(evicted[row].cpu(), begins)]
+            begin = int(begins[seed_of(seed, 2) % len(begins)])
             tail[row] = ids[row, begin : begin + self.span]
             tail_labels[row, self.cue :] = tail[row, self.cue :]
         repeated = nn.functional.pad(torch.zeros_like(labels, dtype=torch.bool), (0, self.span), value=True)
@@ -181,6 +189,12 @@ class ReconstructionObjective(Objective):
             "labels": torch.cat([labels, tail_labels], dim=1),
             REPEATED: repeated & (torch.cat([labels, tail_labels], dim=1) != IGNORED),
         }
+
+    def _lost(self, evicted: Tensor, begins: Tensor) -> Tensor:
+        """Which of the spans lose most: of the entries [T] whose tokens they would score."""
+        before = nn.functional.pad(evicted.double().cumsum(0), (1, 0))
+        lost = before[begins + self.span] - before[begins + self.cue]
+        return lost >= lost.max() - 1e-6
 
     def terms(self, batch: Mapping[str, Tensor]) -> Terms:
         """CE 1 on the sample, `weight` on what is repeated."""
@@ -225,12 +239,15 @@ class MixedObjective(Objective):
         """True if one of its parts does."""
         return any(one.changes_batch for one, _ in self.objectives)
 
-    def prepare(
-        self, batch: dict[str, Tensor], boundaries: Sequence[int], seeds: Sequence[int]
-    ) -> dict[str, Tensor]:
+    @property
+    def judges_context(self) -> bool:  # type: ignore[override]
+        """True if one of its parts does."""
+        return any(one.judges_context for one, _ in self.objectives)
+
+    def prepare(self, batch: dict[str, Tensor], evicted: Tensor | None = None) -> dict[str, Tensor]:
         """As the part that changes the batch does."""
         for one, _ in self.objectives:
-            batch = one.prepare(batch, boundaries, seeds)
+            batch = one.prepare(batch, evicted)
         return batch
 
     def terms(self, batch: Mapping[str, Tensor]) -> Terms:

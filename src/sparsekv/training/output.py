@@ -49,16 +49,17 @@ def public_settings(config: TrainConfig | FitConfig) -> dict[str, Any]:
 
     So files that lay anywhere but under the working folder are known by their name alone.
     """
-    settings: dict[str, Any] = _without_paths(config.model_dump(mode="json"))
+    settings: dict[str, Any] = without_paths(config.model_dump(mode="json"))
     settings["model"] = public_name(config.model)
     return settings
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
+    """A value with the last part alone of every absolute path in it."""
     if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
+        return {key: without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_paths(each) for each in value]
+        return [without_paths(each) for each in value]
     if isinstance(value, str) and _ABSOLUTE.match(value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
@@ -80,7 +81,7 @@ def read_training_config(folder: Path) -> TrainConfig:
         If there is none, or it cannot be read.
     """
     path = folder / CONFIG_FILE
-    return parse_config(TrainConfig, _read_json(path), source=str(path))
+    return parse_config(TrainConfig, read_json(path), source=str(path))
 
 
 def write_curriculum(folder: Path, curriculum: Curriculum) -> None:
@@ -97,7 +98,7 @@ def load_curriculum(folder: Path, curriculum: Curriculum) -> None:
         If there is none, or it is that of another curriculum.
     """
     path = folder / CURRICULUM_FILE
-    saved = _read_json(path)
+    saved = read_json(path)
     if saved.get("name") != curriculum.name:
         raise ConfigError(f"{path} is of curriculum {saved.get('name')!r}, not {curriculum.name!r}")
     curriculum.load_state_dict(saved.get("state", {}))
@@ -215,7 +216,7 @@ def name_base(folder: Path, base: str) -> None:
 
 def set_in_json(path: Path, key: str, value: Any) -> None:
     """Set one key of the JSON object in a file; a ConfigError if it can't be read."""
-    write_json(path, {**_read_json(path), key: value})
+    write_json(path, {**read_json(path), key: value})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -223,7 +224,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises
+    ------
+    ConfigError
+        If it can't be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ from sparsekv.training.checkpoints import (
 )
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.described import check_setup, write_setup
 from sparsekv.training.given import relevance_press, served_after
 from sparsekv.training.output import (
     load_curriculum,
@@ -59,8 +60,8 @@ class ResumableTrainer(Trainer):
     curriculum, quantiles, relaxation : whose state is saved
     policy, press_share : Policy or None, float
         The press's.
-    config : TrainConfig or None
-        Written into checkpoints, and compared when one is resumed.
+    config, setup : TrainConfig or None, dict
+        Written into checkpoints, and compared when one is resumed: the config, or else what the trainer was given.
     n_checkpoints : int or None
         How many whole ones stay.
     relevance_start_share, relevance_start : float, Weights
@@ -74,6 +75,7 @@ class ResumableTrainer(Trainer):
     policy: Policy | None
     press_share: float
     config: TrainConfig | None
+    setup: dict[str, Any]
     n_checkpoints: int | None
     relevance_start_share: float
     relevance_start: Weights
@@ -104,6 +106,8 @@ class ResumableTrainer(Trainer):
             )
         if checkpoint and self.config is not None:
             check_config(Path(checkpoint), self.config)
+        elif checkpoint:
+            check_setup(Path(checkpoint), self.setup)
         if checkpoint and self.is_fsdp_enabled:
             self._load_before_sharding(checkpoint)
         if checkpoint and 0 < self.args.max_steps <= step_of(Path(checkpoint)):
@@ -245,6 +249,8 @@ class ResumableTrainer(Trainer):
             write_atomically(folder / QUANTILES_FILE, json.dumps(self.quantiles.state_dict()) + "\n")
             if self.config is not None:
                 write_training_config(folder, self.config)
+            else:
+                write_setup(folder, self.setup)
             seal(folder)
             if self.n_checkpoints is not None:
                 rotate(folder.parent, self.n_checkpoints, best=self.state.best_global_step)

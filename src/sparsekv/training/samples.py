@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 
 from sparsekv.errors import ConfigError
+from sparsekv.training.data_layout import IGNORED
 
 LEAST_TOKENS = 2
 """Fewer predict nothing."""
@@ -18,7 +19,8 @@ _ROUND = 2**32
 
 
 def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int) -> dict[str, Any] | None:
-    """One item with every key of a sample; None if it has fewer than two tokens, since nothing is learned from it.
+    """One item with every key of a sample; None if nothing is learned from it: fewer than two tokens, or no label after
+    the first.
 
     Parameters
     ----------
@@ -52,6 +54,8 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
     if boundary and not start < boundary <= end:
         allowed = f"0, or in [{start + 1}, {end}]" if start else f"in [0, {end}]"
         raise ConfigError(f"data set item {index}: boundary must be {allowed}, got {boundary}")
+    if all(label == IGNORED for label in labels[start + 1 : end]):
+        return None
     return {
         "input_ids": ids[start:end],
         "labels": labels[start:end],
@@ -80,12 +84,12 @@ def _tokens(mask: Sequence[Any] | None, n: int, index: int) -> tuple[int, int]:
 class Samples(Dataset):
     """A map-style data set whose items are samples.
 
-    An item that is too short to learn from (an empty text) gives its place to the next one that is not.
+    An item that nothing is learned from (an empty text, no label) gives its place to the next one that is not so.
 
     Raises
     ------
     ConfigError
-        If the first item is no sample, or every one is too short.
+        If the first item is no sample, or nothing is learned from any.
     """
 
     def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
@@ -118,11 +122,14 @@ class Samples(Dataset):
             found = as_sample(self.inner[place], place, self.tokenizer, self.seq_len)
             if found is not None:
                 return found
-        raise ConfigError(f"the data set has no usable row: {len(self)} rows, none of {LEAST_TOKENS} tokens")
+        raise ConfigError(
+            f"the data set has no usable row: {len(self)} rows, none of {LEAST_TOKENS} tokens with a label after the "
+            f"first ({IGNORED} is none)"
+        )
 
 
 class StreamedSamples(IterableDataset):
-    """A stream whose items are samples, numbered as they come; those that are too short are left out.
+    """A stream whose items are samples, numbered as they come; those that nothing is learned from are left out.
 
     Parameters
     ----------

@@ -76,9 +76,11 @@ def policy_of(press: Any) -> Policy:
     if isinstance(press, Policy):
         policy = press
     if policy is None:
+        from sparsekv.policies.press_copies import own_ratio, with_ratio
         from sparsekv.policies.presses import from_press
 
-        policy = from_press(press)
+        # a ratio of its own is the default curriculum, and a curriculum sets every step's
+        policy = from_press(with_ratio(press, 0.0) if own_ratio(press) else press)
     made: Policy = policy
     check_trainable(made, getattr(press, "scope", "head"))
     return made

@@ -39,11 +39,13 @@ from sparsekv.training.config_parts import LoraOptions
 from sparsekv.training.curricula import FixedCurriculum
 from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.data_layout import IGNORED
+from sparsekv.training.described import described
 from sparsekv.training.dropping import (
     BOUNDARY,
     SEEDS,
     DroppingConfig,
     contexts_of_rows,
+    evicted_share,
     labels_of_rows,
     make_plan,
     ready_batch,
@@ -52,9 +54,11 @@ from sparsekv.training.dropping import (
 from sparsekv.training.given import (
     WarnOfNoDrops,
     always_kept,
+    check_best,
     check_drops,
     check_heard,
     check_lengths,
+    check_objective,
     check_optimizer,
     check_start_share,
     own_arguments,
@@ -184,13 +188,28 @@ class SparseKVTrainer(ResumableTrainer):
         self.press, self.relaxation, self.press_share = press, relaxation, press_share
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
-        self.own_budget = own_budget(press, curriculum)
+        self.own_budget = own_budget(press, curriculum, alone=relaxation is None)
         self.curriculum = curriculum or FixedCurriculum(
             float(getattr(press, "compression_ratio", 0.0) or 0.0)
         )
         self.sparsity = sparsity_of(press, objective)
         self.objective = objective or (EITObjective() if trains_predictors else StandardLMObjective())
+        check_objective(self.objective, self.dropping)
+        check_best(args, self.curriculum, own_sized=self.own_budget is not None)
         self.relevance_lr, self.relevance_weight_decay = relevance_lr, relevance_weight_decay
+        self.setup = {
+            "press": described(self.policy),
+            "budget": described(self.own_budget),
+            "scope": self.scope,
+            "sparsity": described(self.sparsity),
+            "press_share": press_share,
+            "curriculum": described(self.curriculum),
+            "objective": described(self.objective),
+            "dropping": described(self.dropping),
+            "relaxation": described(relaxation),
+            "relevance": [relevance_lr, relevance_weight_decay],
+            "seq_len": seq_len,
+        }
         self.quantiles = ScoreQuantiles()
         self.meter = Meter()
         self.config, self.seq_len = config, seq_len
@@ -269,8 +288,19 @@ class SparseKVTrainer(ResumableTrainer):
 
     def ready(self, batch: Mapping[str, Any], epoch: int, *, judged: bool = False) -> dict[str, Tensor]:
         """Seeds and boundaries; then what the objective makes of the batch, unless it is to be `judged`."""
-        made_of = None if judged else self.objective.prepare
+        made_of = self._prepared if self.objective.changes_batch and not judged else None
         return ready_batch(batch, self.dropping, seed=self.args.seed, epoch=epoch, prepare=made_of)
+
+    def _prepared(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the objective makes of a batch, knowing what its step will evict as far as that can be known."""
+        policy, ratio = self._at_this_step()
+        evicted = evicted_share(self.plan(batch, policy, ratio), batch["attention_mask"])
+        return self.objective.prepare(batch, evicted)
+
+    def _at_this_step(self) -> tuple[Policy, float]:
+        step, total = self.state.global_step, max(self.state.max_steps, 1)
+        ratio = self.curriculum.ratio(step, total)
+        return self.policy_at(step, step / total, ratio), ratio
 
     # ---- one micro-batch ----------------------------------------------------------------------------------
 
@@ -287,9 +317,7 @@ class SparseKVTrainer(ResumableTrainer):
             if num_items_in_batch is not None
             else float(labels_of_rows(inputs).sum())
         )
-        step, total = self.state.global_step, max(self.state.max_steps, 1)
-        ratio = self.curriculum.ratio(step, total)
-        policy = self.policy_at(step, step / total, ratio)
+        policy, ratio = self._at_this_step()
         plan = self.plan(inputs, policy, ratio, observe=True)
         plan.keep_scores = isinstance(policy, RelaxedRelevance)
         plain = self.accelerator.unwrap_model(model)
@@ -341,7 +369,7 @@ class SparseKVTrainer(ResumableTrainer):
             self.dropping,
             boundaries=inputs[BOUNDARY].tolist(),
             seeds=seeds,
-            tokenizer=self.processing_class,
+            tokenizer=self.processing_class or getattr(self.press, "tokenizer", None),
             observers=self._observers(seeds, labels_of_rows(inputs).tolist()) if observe else (),
         )
         plan.hard = hard
