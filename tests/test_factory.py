@@ -12,6 +12,7 @@ from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
+from sparsekv.policies.budget import Budget
 from sparsekv.relevance import RelevanceConfig, attach_relevance
 from toy import tiny_model, toy_tokenizer
 
@@ -102,11 +103,69 @@ def test_two_tiers_without_a_policy(tmp_path):
     assert make_cache("knorm", model, 0.5, active="1MiB").tiers.active.n_bytes == 2**20
 
 
-def test_a_budget_of_zero_evicts_nothing():
+def test_a_budget_of_zero_is_a_ratio_or_nothing():
     model = prepare(tiny_model("llama"))
-    cache = make_cache("knorm", model, 0)
+    cache = make_cache("knorm", model, 0.0)
     generated(model, cache)
     assert cache.intact
+    for made in (
+        lambda: make_cache("knorm", model, 0),
+        lambda: compress(model, some_ids(), "sink_recent", 0),
+    ):
+        with pytest.raises(ConfigError, match=r"budget 0 is no number of entries .*; 0.0 is the ratio"):
+            made()
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "message"),
+    [
+        ("full", 24, "method 'full' evicts nothing: give no budget"),
+        (
+            "defensive_kv",
+            24,
+            "method 'defensive_kv' with budget scope 'head' needs the whole context at once, and",
+        ),
+        ("adakv(knorm)", 0.5, "needs the whole context at once, and evicts once; use compress"),
+        ("knorm", Budget(0.5, scope="layer"), "with budget scope 'layer' needs the whole context at once"),
+    ],
+)
+def test_what_could_evict_only_once_is_refused_when_it_is_made(method, budget, message):
+    """Not in the middle of an answer, when unequal heads can't be scored again."""
+    model = prepare(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=message):
+        make_cache(method, model, budget)
+    if method != "full":
+        with pytest.raises(ConfigError, match="needs the whole context at once; use phase='prefill'"):
+            compress(model, some_ids(), method, budget, phase="both")
+
+
+@pytest.mark.parametrize("route", ["factory", "compress", "prefill", "beside a ratio"])
+def test_atskv_holds_a_number_of_bytes(route):
+    model = prepare(tiny_model("llama"))
+    attach_relevance(model, RelevanceConfig(width=8))
+    entry = 2 * model.config.head_dim * 4
+    n_entries = 30 * model.config.num_hidden_layers * model.config.num_key_value_heads
+    policy = make_policy("atskv", max_bytes=n_entries * entry, n_sink=1, n_recent=2)
+    if route == "factory":
+        cache = make_cache(policy, model, every=4)
+    else:
+        budget = 0.01 if route == "beside a ratio" else None
+        phase = "prefill" if route == "prefill" else "both"
+        cache = compress(model, some_ids(), policy, budget, phase=phase, every=4)
+        assert int(cache.stored_counts().sum()) == n_entries
+    if route != "prefill":
+        ids = torch.cat([some_ids(), some_ids()[:, :1]], dim=1) if cache.seen else some_ids()
+        model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        assert n_entries // 2 < int(cache.stored_counts().sum()) <= n_entries
+    half = make_policy("atskv", target=0.5, bounds=(0.0, 0.25), n_sink=1, n_recent=2)
+    stored = compress(model, some_ids(), half).stored_counts()
+    assert int(stored.sum()) == pytest.approx(0.75 * T * stored.numel(), abs=1), (
+        "no more than a quarter at once"
+    )
+    with pytest.raises(ConfigError, match="max_bytes must be a whole number >= 1, got 0"):
+        make_policy("atskv", max_bytes=0)
+    with pytest.raises(ConfigError, match="bounds must be 0 <= low <= high <= 1"):
+        make_policy("atskv", bounds=[0.5, 0.2])
 
 
 @pytest.mark.parametrize("features", [("hidden",), ("hidden", "attention"), ("hidden", "handcrafted")])

@@ -11,7 +11,9 @@ from sample_policies import Ends, Ragged, Scatter, SmallKeys
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.generation import as_budget, compress, greedy_decode
+from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
+from sparsekv.probe import Request, prefill
 from sparsekv.selection import NEVER, Selection
 from toy import FAMILIES, tiny_model
 
@@ -393,6 +395,26 @@ def test_uniform_caches_work_under_stock_sdpa():
 
 def test_as_budget_reads_what_people_write():
     assert as_budget(0.5) == Budget(compression_ratio=0.5)
-    assert as_budget(0) == Budget(compression_ratio=0.0)
+    assert as_budget(0.0) == Budget(compression_ratio=0.0)
     assert as_budget(64) == Budget(tokens=64)
     assert as_budget(None) == Budget()
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["knorm", "tova", "h2o", "dynamic_kv", "rocket_kv", "defensive_kv", "layer_defensive_kv", "quest"],
+)
+def test_activations_that_are_no_numbers_choose_nothing(method):
+    """`quest` evicts nothing, and goes on as the full cache does."""
+    model = prepare(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    ids = torch.randint(3, 250, (1, 90), generator=torch.Generator().manual_seed(1))
+    if method == "quest":
+        assert compress(model, ids, method, 0.5).intact
+        return
+    with pytest.raises(ConfigError, match=rf"method '{method}': scores in layer \d are NaN"):
+        compress(model, ids, method, 0.5)
+    if method != "rocket_kv":
+        with pytest.raises(ConfigError, match="are NaN"):
+            prefill(model, ids, [Request("a", make_policy(method), Budget(0.5))])

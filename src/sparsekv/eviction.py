@@ -24,7 +24,7 @@ from sparsekv.policies.base import (
     keep_top,
 )
 from sparsekv.policies.budget import Budget
-from sparsekv.policies.choosing import AcrossLayers
+from sparsekv.policies.choosing import AcrossLayers, check_scores
 
 HIDDEN_TOKENS = 128
 """Newest hidden states that a layer keeps while decoding under a layer policy (observation windows are 64)."""
@@ -35,11 +35,6 @@ def stored_budget(budget: Budget, n_seen: int, n_stored: int) -> Budget:
     if not budget.given or n_stored == n_seen:
         return budget
     return Budget(tokens=max(1, min(budget.n_kept(n_seen), n_stored)), scope=budget.scope)
-
-
-def keeps_everything(budget: Budget, n: int) -> bool:
-    """True if nothing of `n` entries can leave: then scoring is skipped (some methods can't score short contexts)."""
-    return n == 0 or (budget.given and budget.n_kept(n) >= n)
 
 
 class TokenEviction:
@@ -198,11 +193,12 @@ def kept_by_layer(
     real_seen = cache.real_seen().tolist()
     for row, (ctx, columns) in enumerate(row_contexts(module, index, cache, layer, hidden, rotary)):
         use = stored_budget(budget, real_seen[row], columns.shape[1])
-        if keeps_everything(use, columns.shape[1]):
+        if policy.may_keep_all(use, columns.shape[1]):
             kept[row].scatter_(-1, columns, True)
             continue
         if policy.scored and use.given and not policy.spans_layers(use):
-            chosen = keep_top(policy.score_layer(ctx, use)[:, None], use)[0, 0]
+            scores = check_scores(policy.score_layer(ctx, use), policy.name, index)
+            chosen = keep_top(scores[:, None], use)[0, 0]
         else:
             chosen = policy.keep_layer(ctx, use)[0]
         kept[row].scatter_(-1, columns, chosen)
@@ -262,13 +258,14 @@ class JointEviction:
         whole: list[tuple[int, Tensor]] = []  # rows from which nothing leaves, and their columns
         contexts = row_contexts(module, index, self.cache, layer, hidden, rotary)
         for row, (ctx, columns) in enumerate(contexts):
-            if keeps_everything(self.budget, columns.shape[1]):
+            if self.policy.may_keep_all(self.budget, columns.shape[1]):
                 whole.append((row, columns))
                 continue
             choice = self._choices.get(row)
             if choice is None:
                 choice = self._choices[row] = self.policy.across_layers(len(layers), self.budget)
-            for place, stays in choice.after_layer(self.policy.score_layer(ctx, self.budget)[0]).items():
+            scores = check_scores(self.policy.score_layer(ctx, self.budget), self.policy.name, index)
+            for place, stays in choice.after_layer(scores[0]).items():
                 blank = torch.zeros(shape, dtype=torch.bool, device=columns.device)
                 kept.setdefault(layers[place], blank)[row].scatter_(-1, columns, stays)
         for mask in kept.values():

@@ -80,11 +80,11 @@ def make_cache(
     tiered = active is not None or passive is not None
     if page_size is not None and not tiered:
         args["page_size"] = page_size
-    policy = _policy(method, args)
+    policy = _policy(method, args).for_model(architecture.unwrap(model))
     chosen = as_budget(budget)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ConfigError(f"every must be a whole number of tokens >= 1, got {every!r}")
-    _check(policy, chosen, model)
+    _check(policy, chosen, model, tiered=tiered)
     if tiered and policy.why_one_tier is not None:
         raise ConfigError(f"method {policy.name!r} {policy.why_one_tier}; give no active and no passive")
     if not tiered:
@@ -143,7 +143,7 @@ def _policy(method: str | Policy, args: dict[str, Any]) -> Policy:
     return method
 
 
-def _check(policy: Policy, budget: Budget, model: Any) -> None:
+def _check(policy: Policy, budget: Budget, model: Any, *, tiered: bool) -> None:
     """Raise a ConfigError for what would fail at the first eviction."""
     if not isinstance(policy, (TokenPolicy, LayerPolicy)):
         raise ConfigError(f"method {policy.name!r} can't evict while decoding; use compress")
@@ -151,12 +151,14 @@ def _check(policy: Policy, budget: Budget, model: Any) -> None:
         policy.check_scope(budget)
         if policy.needs_whole_context(budget):
             raise ConfigError(
-                f"method {policy.name!r} with budget scope {budget.scope!r} needs the whole context at once; "
-                "use compress"
+                f"method {policy.name!r} with budget scope {budget.scope!r} needs the whole context at once, and "
+                "evicts once; use compress"
             )
         needed = policy.needs_budget or (policy.scored and not policy.own_sizes)
         if needed and not budget.given:
             raise ConfigError(f"{policy.name}: give a budget, a ratio to remove or a number of entries")
+    if isinstance(policy, Full) and budget.given and not tiered:
+        raise ConfigError("method 'full' evicts nothing: give no budget, or a second tier (passive=...)")
     if isinstance(policy, PositionPolicy):
         ids = torch.zeros(1, 1, dtype=torch.int64)
         policy.keep_row(TokenRow(ids[0], TokenContext.of_model(model, ids)), budget)

@@ -111,10 +111,10 @@ def compress(
         raise ConfigError(
             f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}"
         )
-    policy = make_policy(policy) if isinstance(policy, str) else policy
     budget = as_budget(budget)
     prepare(model)
     plain = architecture.unwrap(model)
+    policy = (make_policy(policy) if isinstance(policy, str) else policy).for_model(plain)
     cache = _cache_for(plain, input_ids, cache, attention_mask, tokenizer, seeds)
     if rerotate if rerotate is not None else policy.rerotate:
         cache.rotary = inverse_frequencies(architecture.text_model(plain))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from sparsekv.attention import prepare
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.sparse import SparseCache
 from sparsekv.errors import ConfigError
-from sparsekv.eviction import keeps_everything, row_contexts
+from sparsekv.eviction import row_contexts
 from sparsekv.policies.base import LayerPolicy, ModelPolicy, Policy, TokenContext, TokenPolicy, keep_top
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.choosing import check_scores
 from sparsekv.selection import Selection
 
 AfterLayer = Callable[[nn.Module, int, Tensor, tuple[Tensor, Tensor]], None]
@@ -125,6 +126,7 @@ def prefill(
         raise ConfigError(f"prefill reads one context, got a batch of {input_ids.shape[0]}")
     prepare(model)
     config = architecture.text_config(model)
+    requests = [replace(each, policy=each.policy.for_model(architecture.unwrap(model))) for each in requests]
     cache = SparseCache(config)
     cache.tokenizer, cache.seeds, cache.ids = tokenizer, (seed,), input_ids.to(torch.int32)
     by_layer = [r for r in requests if isinstance(r.policy, LayerPolicy)]
@@ -145,7 +147,7 @@ def prefill(
         shared: dict[int, tuple[Tensor, float]] = {}
         for request in by_layer:
             policy, begin = request.policy, time.perf_counter()
-            if not isinstance(policy, LayerPolicy) or keeps_everything(request.budget, length):
+            if not isinstance(policy, LayerPolicy) or policy.may_keep_all(request.budget, length):
                 continue
             if not policy.scored or not (request.budget.given or policy.spans_layers(request.budget)):
                 kept[request.key][0, index] = policy.keep_layer(ctx, request.budget)[0].cpu()
@@ -155,7 +157,7 @@ def prefill(
                 value, cost = shared[id(policy)]
                 spent[request.key] += cost
             else:
-                value = policy.score_layer(ctx, request.budget)
+                value = check_scores(policy.score_layer(ctx, request.budget), policy.name, index)
                 cost = time.perf_counter() - begin
                 shared[id(policy)] = value, cost
                 spent[request.key] += cost

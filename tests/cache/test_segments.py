@@ -29,11 +29,25 @@ def test_prefixes_may_differ_and_tails_do_not() -> None:
     segments = ragged()
     assert segments.counts == (2, 1) and segments.keys.flatten().tolist() == [0.0, 3.0, 12.0]
     segments.append(*entries([4]))
-    assert rows(segments) == [[0.0, 3.0, 4.0], [12.0, 14.0]] and segments.room == 64
+    assert rows(segments) == [[0.0, 3.0, 4.0], [12.0, 14.0]] and segments.room == 2
     assert [c.tolist() for c in segments.columns_of_segments()] == [[0, 3, 4], [2, 4]]
     assert segments.values.flatten()[:3].tolist() == [-0.0, -3.0, -4.0]
     with pytest.raises(ConfigError, match="store different numbers of entries"):
         segments.row(0)
+
+
+@pytest.mark.parametrize("sizes", [(100, 100), (40, 160), (64, 64), (3000, 5000)])
+def test_what_is_allocated_stays_within_5_percent_of_what_is_stored(sizes: tuple[int, int]) -> None:
+    """Right after the eviction and at every token after it, in bf16 and with 64 channels, columns included."""
+    total = max(sizes)
+    keys = torch.zeros(1, 2, total, 64, dtype=torch.bfloat16)
+    kept = torch.stack([torch.arange(total) < size for size in sizes])[None]
+    segments = Segments.of(keys, keys).keep(kept, None, None)
+    for _ in range(150):
+        stored = sum(segments.counts) + 2 * segments.tail
+        assert stored * 256 <= segments.nbytes <= 1.05 * stored * 256
+        segments.append(keys[:, :, :1], keys[:, :, :1])
+    assert stored == sum(sizes) + 2 * 149
 
 
 def test_an_append_spares_what_a_snapshot_needs() -> None:

@@ -122,8 +122,8 @@ def test_layers_look_in_turns_once_an_answer_has_begun(monkeypatch):
     def watched(self, layer, padding, n_query):
         plan = real(self, layer, padding, n_query)
         at = (layer.get_seq_length(), self.index)
-        looks.update([at] if plan.asked.any() else [])
-        full.update([at] if plan.over.any() else [])
+        looks.update([at] if plan is not None and plan.asked.any() else [])
+        full.update([at] if plan is not None and plan.over.any() else [])
         return plan
 
     cache = compress(model, some_ids()[:, :T], Ends(), 64, cache=TieredCache(model, 64))

@@ -29,8 +29,11 @@ from sparsekv.cache.frozen import is_frozen
 from sparsekv.cache.rope import Rotation
 from sparsekv.errors import ConfigError
 
-_GROWTH = 64
-"""Spare slots per segment when single tokens are appended: one copy of the prefix every 64 tokens."""
+_SPARE_SHARE, _LEAST_SPARE, _MOST_SPARE = 32, 2, 64
+"""Spare slots per segment when single tokens are appended: a 32nd of what a segment stores in the mean, from 2 to 64.
+
+So what is allocated stays within 5 % of what is stored, and a token pays for the copying of some 32 entries.
+"""
 
 
 @dataclass
@@ -151,8 +154,7 @@ class Segments:
         if key_states.shape[0] != self.batch:
             raise ConfigError(f"the cache holds {self.batch} rows, the model was given {key_states.shape[0]}")
         if not self.can_append(n_new):
-            spare = n_new if n_new > 1 else _GROWTH
-            self._relayout(room=self.tail + spare)
+            self._relayout(room=self.tail + (n_new if n_new > 1 else self._spare()))
         new_keys, new_values = key_states.flatten(0, 1), value_states.flatten(0, 1)
         self.tail += n_new
         self.seen += n_new
@@ -164,6 +166,10 @@ class Segments:
         for group in self.groups():
             group.keys[:, -n_new:] = new_keys[group.start : group.stop]
             group.values[:, -n_new:] = new_values[group.start : group.stop]
+
+    def _spare(self) -> int:
+        stored = sum(self.counts) // max(len(self.counts), 1) + self.tail
+        return min(max(_LEAST_SPARE, stored // _SPARE_SHARE), _MOST_SPARE)
 
     def _relayout(self, room: int) -> None:
         """Move into a fresh buffer with `room` tail slots per segment."""

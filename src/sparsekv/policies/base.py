@@ -195,6 +195,10 @@ class Policy(ABC):
     by_step: ClassVar[bool] = False
     """True if a decoding step attends to a part of what is stored (`step_rule`)."""
 
+    def for_model(self, model: Any) -> Policy:
+        """This policy, with what it has to know of a model; by default as it is."""
+        return self
+
     def step_rule(self, budget: Budget, place: int) -> StepRule | None:
         """Which stored entries a decoding step attends to in one layer; None: all of them.
 
@@ -344,8 +348,11 @@ class LayerPolicy(Policy):
         return self.joint or budget.scope == "model"
 
     def needs_whole_context(self, budget: Budget) -> bool:
-        """True if a context must be read at once, in the first turn, and nothing leaves while decoding."""
-        return self.whole_context or self.spans_layers(budget)
+        """True if a context must be read at once, in the first turn, and nothing leaves while decoding.
+
+        So it is where the heads of a layer share a budget, too: what is left of unequal heads can't be scored again.
+        """
+        return self.whole_context or self.spans_layers(budget) or budget.scope == "layer"
 
     def across_layers(self, n_layers: int, budget: Budget) -> AcrossLayers:
         """A fresh choice over the `n_layers` compressible layers of one row; by default the top of all scores."""
@@ -355,6 +362,10 @@ class LayerPolicy(Policy):
         """BoolTensor [B, L, H, T]: what stays by the scores [B, L, H, T] of all compressible layers together."""
         rows = [keep_across(self.across_layers(scores.shape[1], budget), row) for row in scores]
         return torch.stack(rows)
+
+    def may_keep_all(self, budget: Budget, n: int) -> bool:
+        """True if nothing of `n` entries can leave: then scoring is skipped (some methods can't score few)."""
+        return n == 0 or (budget.given and budget.n_kept(n) >= n)
 
     def check_scope(self, budget: Budget) -> None:
         """Raise a `ConfigError` if the budget's scope means nothing to this policy."""

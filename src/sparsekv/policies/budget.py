@@ -82,11 +82,21 @@ class Budget:
 
 
 def as_budget(budget: Budget | float | int | None) -> Budget:
-    """A Budget from what people write: a ratio in [0, 1) as a float, a number of entries as an int, or None."""
+    """A Budget from what people write: a ratio in [0, 1) as a float, a number of entries as an int, or None.
+
+    Raises
+    ------
+    ConfigError
+        For neither, and for 0, which as a number of entries would keep nothing and as a ratio everything.
+    """
     if isinstance(budget, Budget):
         return budget
     if budget is None:
         return Budget()
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget != 0:
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        if budget == 0:
+            raise ConfigError(
+                "budget 0 is no number of entries (at least 1); 0.0 is the ratio that removes nothing"
+            )
         return Budget(tokens=budget)
     return Budget(compression_ratio=float(budget))

@@ -50,6 +50,22 @@ def keep_top(scores: Tensor, budget: Budget) -> Tensor:
     return kept.view(b, -1).scatter_(-1, index, True).view(b, n_layers, h, t)
 
 
+def check_scores(scores: Tensor, method: str, layer_idx: int) -> Tensor:
+    """The scores, if none of them is NaN: these would sort anywhere.
+
+    Raises
+    ------
+    ConfigError
+        It names the method and the layer.
+    """
+    if bool(scores.isnan().any()):
+        raise ConfigError(
+            f"method '{method}': scores in layer {layer_idx} are NaN, so its activations are broken (half precision "
+            "may overflow: try float32)"
+        )
+    return scores
+
+
 class AcrossLayers(ABC):
     """One row's choice over all compressible layers, made while they are read, from the first to the last.
 

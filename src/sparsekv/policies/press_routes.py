@@ -342,6 +342,7 @@ class PressMasked(PressLayer):
     """A press that hides entries per head inside a layer (AdaKV, CriticalAdaKV, DMS, LU-KV)."""
 
     route: ClassVar[Route] = "masked"
+    whole_context: ClassVar[bool] = True  # what is left of unequal heads can't be scored again
 
 
 def unmasked(indices: Any, keys: Tensor) -> Tensor:

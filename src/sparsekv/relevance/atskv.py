@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,20 @@ class ATSKV(Relevance):
         not say).
     hysteresis : float in [0, 1)
         While decoding: see `ThresholdController`.
+    max_bytes : int >= 1, optional
+        Memory that a row's keys and values may take, whatever the budget or target allows; alone it is the limit.
+    entry_bytes : int >= 1, optional
+        What one entry (key and value) of a head takes; where a cache is made, it is the model's.
+    bounds : (low, high) in [0, 1]
+        The least and the most of what is stored that may leave in one round, see `ThresholdController`.
     """
 
     target: float | None = None
     betas: tuple[float, ...] = ()
     hysteresis: float = 0.01
+    max_bytes: int | None = None
+    entry_bytes: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
     name = "atskv"
     whole_context: ClassVar[bool] = False  # scores are remembered
     scopes: ClassVar[tuple[Scope, ...]] = ("head", "model")
@@ -67,7 +76,8 @@ class ATSKV(Relevance):
         object.__setattr__(self, "betas", checked_betas(self.betas))  # a YAML list, made hashable
         if self.target is not None:
             Budget(compression_ratio=self.target)
-        ThresholdController(Budget(tokens=1), hysteresis=self.hysteresis)
+        object.__setattr__(self, "bounds", tuple(self.bounds))
+        self._controller(Budget(tokens=1), self.entry_bytes or 1)
 
     # ---- scores ---------------------------------------------------------------------------------------------------
 
@@ -115,16 +125,40 @@ class ATSKV(Relevance):
         return replace(budget, scope="model")
 
     def spans_layers(self, budget: Budget) -> bool:
-        """True under a budget or target; the predictors' own threshold needs no other layer."""
-        return self.own_budget(budget).given
+        """True under a budget, a target or max_bytes; the predictors' own threshold needs no other layer."""
+        return self.own_budget(budget).given or self.max_bytes is not None
+
+    def may_keep_all(self, budget: Budget, n: int) -> bool:
+        """As any policy; under max_bytes that can't be told by a budget."""
+        return super().may_keep_all(budget, n) and (n == 0 or self.max_bytes is None)
+
+    def for_model(self, model: Any) -> ATSKV:
+        """With the bytes of its entries, where these count."""
+        if self.max_bytes is None or self.entry_bytes is not None:
+            return self
+        dtype = getattr(model, "dtype", None)
+        if dtype is None:
+            raise ConfigError(
+                f"{self.name}: max_bytes needs the model itself, whose dtype says what an entry takes"
+            )
+        return replace(self, entry_bytes=2 * architecture.head_dim(model) * dtype.itemsize)
 
     def needs_whole_context(self, budget: Budget) -> bool:
         """False: scores are remembered."""
         return False
 
     def controller(self, budget: Budget) -> ThresholdController:
-        """A fresh controller for scores of `ranked`, in which the betas are already; a budget or target is given."""
-        return ThresholdController(self.own_budget(budget), hysteresis=self.hysteresis)
+        """A fresh controller for scores of `ranked`, in which the betas are already; for where `spans_layers`."""
+        return self._controller(self.own_budget(budget), self.entry_bytes)
+
+    def _controller(self, budget: Budget, entry_bytes: int | None) -> ThresholdController:
+        return ThresholdController(
+            budget,
+            max_bytes=self.max_bytes,
+            entry_bytes=entry_bytes,
+            bounds=self.bounds,
+            hysteresis=self.hysteresis,
+        )
 
     def across_layers(self, n_layers: int, budget: Budget) -> AcrossLayers:
         """One row's choice by the model's quantile; see `AcrossLayers`.
