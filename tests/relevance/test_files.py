@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -130,3 +131,27 @@ def test_a_folder_of_predictors_alone_is_an_adapter(trained, tmp_path):
     model, _ = load_model(str(folder), adapter=predictors, dtype="float32")
     assert all(torch.equal(value, gates(trained)[name]) for name, value in gates(model).items())
     assert has_relevance(model) and not has_relevance(load_model(str(folder), dtype="float32")[0])
+
+
+def test_a_model_of_the_same_shape_is_another_model(trained, tmp_path):
+    """Whatever the dtype, an adapter, tokens that were added or a little fine-tuning: these are the same model."""
+    save_relevance(trained, tmp_path)
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(ConfigError, match="is for another model: of the same shape, but with other token emb"):
+        load_relevance(other, tmp_path)
+    assert not has_relevance(other)
+    same = tiny_model("llama")
+    load_relevance(get_peft_model(same, LoraConfig(target_modules=["q_proj"])), tmp_path)
+    longer = tiny_model("llama")
+    longer.resize_token_embeddings(longer.config.vocab_size + 9)
+    longer.get_input_embeddings().weight.data *= 1 + 0.02 * torch.rand(longer.config.hidden_size)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        load_relevance(longer.to(dtype), tmp_path)
+
+
+def test_a_file_without_a_sample_of_its_model_is_taken_by_shape(trained, tmp_path):
+    path = save_relevance(trained, tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "probe"}
+    save_file(load_file(path), path, metadata=metadata)
+    assert has_relevance(load_relevance(tiny_model("llama", seed=1), tmp_path))

@@ -53,6 +53,7 @@ def save_relevance(model: Any, folder: str | Path, state: Mapping[str, torch.Ten
         "relevance": json.dumps(config_of(model)),
         "served": json.dumps(asdict(served_of(model))),
         "model": json.dumps(_shape(model)),
+        "probe": json.dumps(_probe(model, state)),
     }
     target = Path(folder) / RELEVANCE_FILE
     try:
@@ -76,16 +77,18 @@ def load_relevance(model: Any, folder: str | Path) -> Any:
     Raises
     ------
     ConfigError
-        A missing or corrupt file, or predictors of a model of another shape; the model is left as it was.
+        A missing or corrupt file, or predictors of another model, by its shape and a sample of its embeddings (those of
+        a fine-tuned one hardly differ); the model is left as it was.
     """
     path = Path(folder)
     path = path / RELEVANCE_FILE if path.is_dir() else path
-    config, served, theirs, tensors = _read(path)
+    config, served, theirs, probe, tensors = _read(path)
     for key, value in _shape(model).items():
         if theirs.get(key) != value:
             raise ConfigError(
                 f"relevance file '{path}' is for another model: {key} {theirs.get(key)!r}, this one has {value!r}"
             )
+    _check_probe(path, probe, _probe(model, None))
     _check_tensors(path, model, config, tensors)
     if not has_relevance(model) or config_of(model) != asdict(config):
         attach_relevance(model, config)
@@ -96,8 +99,10 @@ def load_relevance(model: Any, folder: str | Path) -> Any:
     return serve_as(model, served)
 
 
-def _read(path: Path) -> tuple[RelevanceConfig, Served, dict[str, Any], dict[str, torch.Tensor]]:
-    """(shape of the predictors, how to serve them, shape of their model, tensors by name) of a file."""
+def _read(
+    path: Path,
+) -> tuple[RelevanceConfig, Served, dict[str, Any], list[float], dict[str, torch.Tensor]]:
+    """(shape of the predictors, how to serve them, their model's shape and `_probe`, tensors by name) of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -112,11 +117,12 @@ def _read(path: Path) -> tuple[RelevanceConfig, Served, dict[str, Any], dict[str
         config = RelevanceConfig(**json.loads(metadata["relevance"]))
         served = Served(**json.loads(metadata.get("served", "{}")))
         model = dict(json.loads(metadata["model"]))
+        probe = [float(value) for value in json.loads(metadata.get("probe", "[]"))]
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(
             f"relevance file '{path}': its metadata cannot be read: {one_line(error)}"
         ) from error
-    return config, served, model, tensors
+    return config, served, model, probe, tensors
 
 
 def _check_tensors(path: Path, model: Any, config: RelevanceConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -151,3 +157,38 @@ def _shape(model: Any) -> dict[str, Any]:
         "num_key_value_heads": architecture.num_kv_heads(model),
         "compressible_layers": architecture.compressible_layers(model),
     }
+
+
+def _probe(model: Any, state: Mapping[str, torch.Tensor] | None) -> list[float]:
+    """Some numbers of the first tokens' embeddings, which no adapter changes and a fine-tuned model nearly keeps.
+
+    Empty where they aren't here: of a model whose weights are spread over processes, and `state` has them not.
+    """
+    plain = architecture.unwrap(model)
+    embedding = plain.get_input_embeddings()
+    embedding = getattr(embedding, "base_layer", embedding)
+    weight = embedding.weight
+    if state is not None:
+        names = [name for name, parameter in model.named_parameters() if parameter is weight]
+        weight = next((state[name] for name in names if name in state), torch.empty(0))
+    flat = weight.detach()[:_ROWS].flatten()
+    if flat.is_meta or not flat.numel():
+        return []
+    places = torch.linspace(0, flat.numel() - 1, _PROBED, dtype=torch.float64).long().to(flat.device)
+    return [round(value, 6) for value in flat[places].float().tolist()]
+
+
+def _check_probe(path: Path, theirs: list[float], ours: list[float]) -> None:
+    """Raise unless two probes are alike; an older file has none."""
+    if not theirs or not ours:
+        return
+    a, b = torch.tensor(theirs), torch.tensor(ours)
+    if a.shape != b.shape or float((a - b).norm()) > _ALIKE * float(a.norm()):
+        raise ConfigError(
+            f"relevance file '{path}' is for another model: of the same shape, but with other token embeddings"
+        )
+
+
+_ROWS, _PROBED = 256, 64  # the first rows: tokens are added at the end
+_ALIKE = 0.1
+"""Of probes, relative: 16-bit rounding is under 0.01, another model's is about 1.4."""
