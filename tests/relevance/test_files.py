@@ -137,7 +137,9 @@ def test_a_model_of_the_same_shape_is_another_model(trained, tmp_path):
     """Whatever the dtype, an adapter, tokens that were added or a little fine-tuning: these are the same model."""
     save_relevance(trained, tmp_path)
     other = tiny_model("llama", seed=1)
-    with pytest.raises(ConfigError, match="is for another model: of the same shape, but with other token emb"):
+    with pytest.raises(
+        ConfigError, match="is for another model: of the same shape, but with other token emb"
+    ):
         load_relevance(other, tmp_path)
     assert not has_relevance(other)
     same = tiny_model("llama")
