@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from sparsekv.attention import prepare
@@ -51,6 +50,7 @@ from sparsekv.training.dropping import (
     ready_batch,
     seed_of,
 )
+from sparsekv.training.evaluating import EvaluatingTrainer
 from sparsekv.training.given import (
     WarnOfNoDrops,
     always_kept,
@@ -67,7 +67,7 @@ from sparsekv.training.given import (
     relevance_press,
     sparsity_of,
 )
-from sparsekv.training.held_out import Baseline, by_prefix, held_out_perplexity, samples_of_each, share_of
+from sparsekv.training.held_out import Baseline, samples_of_each
 from sparsekv.training.measure import measure, observers_of_step
 from sparsekv.training.meter import Meter
 from sparsekv.training.objective import Objective
@@ -78,7 +78,7 @@ from sparsekv.training.relaxation import (
     ScoreQuantiles,
     mean_over_processes,
 )
-from sparsekv.training.resumable import LogWithCheckpoints, ResumableTrainer, TodaysIntervals
+from sparsekv.training.resumable import LogWithCheckpoints, TodaysIntervals
 from sparsekv.training.samples import Samples
 from sparsekv.training.setup import (
     check_base,
@@ -89,12 +89,12 @@ from sparsekv.training.setup import (
     policy_of,
     with_lora,
 )
-from sparsekv.training.sharded import check_dtypes, check_plugin, expect_idle, is_sharded
+from sparsekv.training.sharded import check_dtypes, check_plugin, expect_idle
 from sparsekv.training.student import student_output, teacher_output
 from sparsekv.training.weights import has_adapter
 
 
-class SparseKVTrainer(ResumableTrainer):
+class SparseKVTrainer(EvaluatingTrainer):
     """Trains a model under eviction; everything else is `transformers.Trainer`.
 
     Parameters
@@ -409,51 +409,6 @@ class SparseKVTrainer(ResumableTrainer):
             heard = mean_over_processes(heard, self.accelerator)
         if heard is not None:
             self.quantiles.observe(heard)
-
-    # ---- held-out perplexity ------------------------------------------------------------------------------
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's; with several processes, each gets a share of its own of the samples (`share_of`)."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if self.args.world_size == 1 or dataset is None:
-            return super().get_eval_dataloader(eval_dataset)
-        share = share_of(dataset, self.args.process_index, self.args.world_size)
-        return DataLoader(share, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-
-    @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Held-out perplexity of what follows the boundary: with the full cache, and under eviction at today's ratio.
-
-        Of each of several data sets, by name, as `eval_<name>_perplexity`. The curriculum hears that under eviction, of
-        the first one.
-        """
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            raise ConfigError(
-                "under FSDP a model can be evaluated once train() has spread it over the processes"
-            )
-        judged = samples_of_each(eval_dataset, self.processing_class, self.seq_len)
-        found = {
-            prefix: held_out_perplexity(self, self.get_eval_dataloader(one))
-            for prefix, one in by_prefix(metric_key_prefix, judged, self.eval_dataset).items()
-        }
-        if eval_dataset is None and self.is_in_train:  # after the last one: all are judged at the same ratio
-            needed = "perplexity" if self.curriculum.needs_baseline else "perplexity_evicted"
-            self.curriculum.observe(next(iter(found.values()))[needed])
-        metrics = {f"{prefix}_{name}": value for prefix, one in found.items() for name, value in one.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: there are no predictions to return."""
-        raise ConfigError(
-            "predict is not supported: the logits of a whole sequence never exist here; evaluate(dataset) measures "
-            "held-out perplexity, and model.generate answers"
-        )
 
     # ---- optimizer, logging, checkpoints ------------------------------------------------------------------
 
