@@ -123,10 +123,10 @@ def test_a_budget_of_zero_is_a_ratio_or_nothing():
         (
             "defensive_kv",
             24,
-            "method 'defensive_kv' with budget scope 'head' needs the whole context at once, and",
+            "method 'defensive_kv' with budget scope 'head' evicts once, from a context",
         ),
-        ("adakv(knorm)", 0.5, "needs the whole context at once, and evicts once; use compress"),
-        ("knorm", Budget(0.5, scope="layer"), "with budget scope 'layer' needs the whole context at once"),
+        ("adakv(knorm)", 0.5, "evicts once, .* can't be scored again; use compress"),
+        ("knorm", Budget(0.5, scope="layer"), "with budget scope 'layer' evicts once"),
     ],
 )
 def test_what_could_evict_only_once_is_refused_when_it_is_made(method, budget, message):
@@ -135,8 +135,12 @@ def test_what_could_evict_only_once_is_refused_when_it_is_made(method, budget, m
     with pytest.raises(ConfigError, match=message):
         make_cache(method, model, budget)
     if method != "full":
-        with pytest.raises(ConfigError, match="needs the whole context at once; use phase='prefill'"):
+        with pytest.raises(
+            ConfigError, match="evicts once, what it leaves can't be scored again; use phase='prefill'"
+        ):
             compress(model, some_ids(), method, budget, phase="both")
+        full = compress(model, some_ids()[:, :40], "full")  # equal heads: as in a first turn
+        assert compress(model, some_ids(), method, budget, cache=full).achieved_compression[0] >= 0.5
 
 
 @pytest.mark.parametrize("route", ["factory", "compress", "prefill", "beside a ratio"])
@@ -164,8 +168,11 @@ def test_atskv_holds_a_number_of_bytes(route):
     )
     with pytest.raises(ConfigError, match="max_bytes must be a whole number >= 1, got 0"):
         make_policy("atskv", max_bytes=0)
-    with pytest.raises(ConfigError, match="bounds must be 0 <= low <= high <= 1"):
-        make_policy("atskv", bounds=[0.5, 0.2])
+    for bounds in ([0.5, 0.2], 0.5, [0.5], ["a", "b"], [0.0, 0.5, 0.7]):
+        with pytest.raises(
+            ConfigError, match=r"bounds must be \(low, high\) with 0 <= low <= high <= 1, got"
+        ):
+            make_policy("atskv", bounds=bounds)
 
 
 @pytest.mark.parametrize("features", [("hidden",), ("hidden", "attention"), ("hidden", "handcrafted")])

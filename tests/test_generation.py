@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from oracle import masked_logits, positions, stepped_logits
 from sample_policies import Ends, Ragged, Scatter, SmallKeys
+from sparsekv import PolicyPress
 from sparsekv.attention import prepare
 from sparsekv.errors import ConfigError
 from sparsekv.generation import as_budget, compress, greedy_decode
@@ -15,7 +16,7 @@ from sparsekv.policies import make_policy
 from sparsekv.policies.budget import Budget
 from sparsekv.probe import Request, prefill
 from sparsekv.selection import NEVER, Selection
-from toy import FAMILIES, tiny_model
+from toy import FAMILIES, tiny_model, toy_tokenizer
 
 T, Q = 40, 7
 
@@ -418,3 +419,20 @@ def test_activations_that_are_no_numbers_choose_nothing(method):
     if method != "rocket_kv":
         with pytest.raises(ConfigError, match="are NaN"):
             prefill(model, ids, [Request("a", make_policy(method), Budget(0.5))])
+
+
+@pytest.mark.parametrize(
+    "route", ["adakv(knorm)", "adakv_snapkv", "critical_adakv(snapkv)", "kvzip", "press"]
+)
+def test_nor_do_they_where_kvpress_decides(route):
+    """kvpress's presses keep their scores to themselves: there it is the keys, one layer later."""
+    model = prepare(tiny_model("llama", num_hidden_layers=3))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    ids = torch.randint(3, 250, (1, 90), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ConfigError, match=r"(keys|scores) in layer \d are NaN"):
+        if route == "press":
+            with PolicyPress(make_policy("snapkv"), 0.5)(model):
+                model(ids, past_key_values=DynamicCache())
+        else:
+            compress(model, ids, route, 0.5, tokenizer=toy_tokenizer())

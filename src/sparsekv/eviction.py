@@ -24,7 +24,7 @@ from sparsekv.policies.base import (
     keep_top,
 )
 from sparsekv.policies.budget import Budget
-from sparsekv.policies.choosing import AcrossLayers, check_scores
+from sparsekv.policies.choosing import AcrossLayers, check_numbers
 
 HIDDEN_TOKENS = 128
 """Newest hidden states that a layer keeps while decoding under a layer policy (observation windows are 64)."""
@@ -197,7 +197,7 @@ def kept_by_layer(
             kept[row].scatter_(-1, columns, True)
             continue
         if policy.scored and use.given and not policy.spans_layers(use):
-            scores = check_scores(policy.score_layer(ctx, use), policy.name, index)
+            scores = check_numbers(policy.score_layer(ctx, use), policy.name, index)
             chosen = keep_top(scores[:, None], use)[0, 0]
         else:
             chosen = policy.keep_layer(ctx, use)[0]
@@ -264,7 +264,7 @@ class JointEviction:
             choice = self._choices.get(row)
             if choice is None:
                 choice = self._choices[row] = self.policy.across_layers(len(layers), self.budget)
-            scores = check_scores(self.policy.score_layer(ctx, self.budget), self.policy.name, index)
+            scores = check_numbers(self.policy.score_layer(ctx, self.budget), self.policy.name, index)
             for place, stays in choice.after_layer(scores[0]).items():
                 blank = torch.zeros(shape, dtype=torch.bool, device=columns.device)
                 kept.setdefault(layers[place], blank)[row].scatter_(-1, columns, stays)

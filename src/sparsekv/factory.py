@@ -151,8 +151,13 @@ def _check(policy: Policy, budget: Budget, model: Any, *, tiered: bool) -> None:
         policy.check_scope(budget)
         if policy.needs_whole_context(budget):
             raise ConfigError(
-                f"method {policy.name!r} with budget scope {budget.scope!r} needs the whole context at once, and "
-                "evicts once; use compress"
+                f"method {policy.name!r} with budget scope {budget.scope!r} needs the whole context at once; "
+                "use compress"
+            )
+        if policy.evicts_once(budget):
+            raise ConfigError(
+                f"method {policy.name!r} with budget scope {budget.scope!r} evicts once, from a context that was read: "
+                "what it leaves can't be scored again; use compress"
             )
         needed = policy.needs_budget or (policy.scored and not policy.own_sizes)
         if needed and not budget.given:

@@ -130,6 +130,10 @@ def compress(
             raise ConfigError(
                 f"{_whole(policy, budget)} needs the whole context at once; use phase='prefill'"
             )
+        if phase != "prefill" and policy.evicts_once(budget):
+            raise ConfigError(
+                f"{_whole(policy, budget)} evicts once, what it leaves can't be scored again; use phase='prefill'"
+            )
     cache.decode = None  # an earlier turn's eviction must not run while this one reads
     remember = phase != "prefill" and isinstance(policy, LayerPolicy)
     remembers = isinstance(policy, ATSKV) and (remember or chunk is not None or cache.seen)
@@ -160,7 +164,7 @@ def _whole(policy: LayerPolicy, budget: Budget) -> str:
     """What it is that needs a whole context, for messages."""
     return (
         f"method {policy.name!r}"
-        if policy.joint or policy.whole_context
+        if policy.joint or policy.whole_context or policy.leaves_unequal
         else f"budget scope {budget.scope!r}"
     )
 

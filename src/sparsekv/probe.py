@@ -23,7 +23,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.eviction import row_contexts
 from sparsekv.policies.base import LayerPolicy, ModelPolicy, Policy, TokenContext, TokenPolicy, keep_top
 from sparsekv.policies.budget import Budget
-from sparsekv.policies.choosing import check_scores
+from sparsekv.policies.choosing import check_numbers
 from sparsekv.selection import Selection
 
 AfterLayer = Callable[[nn.Module, int, Tensor, tuple[Tensor, Tensor]], None]
@@ -157,7 +157,7 @@ def prefill(
                 value, cost = shared[id(policy)]
                 spent[request.key] += cost
             else:
-                value = check_scores(policy.score_layer(ctx, request.budget), policy.name, index)
+                value = check_numbers(policy.score_layer(ctx, request.budget), policy.name, index)
                 cost = time.perf_counter() - begin
                 shared[id(policy)] = value, cost
                 spent[request.key] += cost

@@ -256,8 +256,22 @@ def test_the_best_of_different_ratios_is_refused(metric, curriculum, message, tm
     given = {"press": EvictionAugPress(["knorm"]), "curriculum": curriculum, "eval_dataset": samples(2)}
     with pytest.raises(ConfigError, match=message):
         trainer_for(tmp_path, {**steps, **best}, **given)
+    if metric is not None:  # what stops early, or saves the best alone, compares them too
+        for other in (
+            {"metric_for_best_model": metric},
+            {"save_strategy": "best", "metric_for_best_model": metric},
+        ):
+            with pytest.raises(ConfigError, match="metric_for_best_model"):
+                trainer_for(
+                    tmp_path, {**steps, **other, "greater_is_better": best_is_greater(metric)}, **given
+                )
     allowed = {"metric_for_best_model": "perplexity", "greater_is_better": False}
     trainer_for(tmp_path, {**steps, **best, **allowed}, **given)
+
+
+def best_is_greater(metric):
+    """As transformers takes it to be where nothing is said and a best model is to be loaded."""
+    return not metric.endswith("loss")
 
 
 def test_data_without_any_label_is_refused(tmp_path):
@@ -270,6 +284,9 @@ def test_data_without_any_label_is_refused(tmp_path):
             ConfigError, match=r"no usable row: 12 rows, none of 2 tokens with a label after the first"
         ):
             trainer_for(tmp_path, press=press, **given)
+    repeats = ReconstructionObjective(span=6, cue=2)
+    alone = trainer_for(tmp_path, press=press, train_dataset=rows, objective=repeats)
+    assert alone.train().training_loss > 0, "of the span that is appended"
     trainer = trainer_for(tmp_path, press=press, train_dataset=[*rows, *samples(4)])
     assert all(any(label != -100 for label in trainer.train_dataset[i]["labels"][1:]) for i in range(16))
 
@@ -282,6 +299,8 @@ def test_a_ratio_of_kvpress_is_the_default_curriculum(tmp_path):
     logged = [row for row in trainer.state.log_history if "requested_compression" in row]
     assert [row["requested_compression"] for row in logged] == [0.5] * 3 and press.compression_ratio == 0.5
     assert all(row["achieved_compression"] == pytest.approx(0.5, abs=0.05) for row in logged)
+    several = trainer_for(tmp_path, press=kvpress.ComposedPress([kvpress.KnormPress(0.5)]))
+    assert several.curriculum.ratio(0, 1) == 0.5
     other = trainer_for(tmp_path, press=kvpress.KnormPress(0.5), curriculum=FixedCurriculum(0.25))
     other.train()
     assert other.state.log_history[0]["achieved_compression"] == pytest.approx(0.25, abs=0.05)

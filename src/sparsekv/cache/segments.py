@@ -29,10 +29,11 @@ from sparsekv.cache.frozen import is_frozen
 from sparsekv.cache.rope import Rotation
 from sparsekv.errors import ConfigError
 
-_SPARE_SHARE, _LEAST_SPARE, _MOST_SPARE = 32, 2, 64
-"""Spare slots per segment when single tokens are appended: a 32nd of what a segment stores in the mean, from 2 to 64.
+_SPARE_SHARE, _LEAST_SPARE, _MOST_SPARE = 32, 16, 64
+"""Spare slots per segment when single tokens are appended: a 32nd of what a segment stores in the mean, from 16 to 64.
 
-So what is allocated stays within 5 % of what is stored, and a token pays for the copying of some 32 entries.
+So from 512 stored entries on what is allocated stays within 5 % of them; and a token pays for the copying of at most a
+16th of what is stored.
 """
 
 

@@ -178,11 +178,14 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                     f"{name} shares its budget in its own way; budget_scope must be "
                     f"{' or '.join(policy.scopes)}, got {scope}"
                 )
-            whole = policy.needs_whole_context(setting.budget)
-            if whole and (setting.chunk is not None or setting.phase != "prefill"):
-                always = policy.joint or policy.whole_context
-                what = name if always else f"{name}: budget_scope {scope}"
+            always = policy.joint or policy.whole_context or policy.leaves_unequal
+            what = name if always else f"{name}: budget_scope {scope}"
+            if policy.needs_whole_context(setting.budget) and (
+                setting.chunk is not None or setting.phase != "prefill"
+            ):
                 raise ConfigError(f"{what} needs the whole context at once: no chunk, phase prefill")
+            if policy.evicts_once(setting.budget) and setting.phase != "prefill":
+                raise ConfigError(f"{what} evicts once: phase prefill")
         if setting.tier is not None:
             _check_tier(setting, policy, advice)
         policy.check_budget(setting.budget)

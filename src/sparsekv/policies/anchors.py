@@ -253,17 +253,18 @@ class Anchors(TokenPolicy):
         """LongTensor: which of the n tokens that are no anchors stay beside them, without a budget."""
         if not self.random_fraction:
             return torch.zeros(0, dtype=torch.long)
-        stay = Budget(compression_ratio=1 - self.random_fraction).n_kept(n)
-        return drawn((n,), stay, row_generator(self.seed, row_seed))
+        return drawn((n,), self._n_drawn(n), row_generator(self.seed, row_seed))
+
+    def _n_drawn(self, n: int) -> int:
+        """The fraction of n that is drawn at random, at least one."""
+        return min(n, max(1, int(self.random_fraction * n + 1e-9))) if self.random_fraction else 0
 
     def _filling(self, n: int, k: int, row_seed: int) -> Tensor:
         """LongTensor [k]: which of the n tokens that are no anchors fill the budget."""
         generator = row_generator(self.seed, row_seed)
         if self.fill == "random":
             return drawn((n,), k, generator)
-        n_drawn = (
-            Budget(compression_ratio=1 - self.random_fraction).n_kept(k) if self.random_fraction and k else 0
-        )
+        n_drawn = self._n_drawn(k)
         by_rule = evenly(k - n_drawn, n) if self.fill == "uniform" else torch.arange(n - k + n_drawn, n)
         left = torch.ones(n, dtype=torch.bool)
         left[by_rule] = False

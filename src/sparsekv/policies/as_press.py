@@ -36,6 +36,7 @@ from sparsekv.policies.base import (
     TokenPolicy,
 )
 from sparsekv.policies.budget import Budget, Scope
+from sparsekv.policies.choosing import check_numbers
 
 
 class PolicyPress(BasePress):
@@ -124,6 +125,7 @@ class PolicyPress(BasePress):
     def __call__(self, model: Any) -> Iterator[None]:
         """Compress what the model reads first inside this context; see `BasePress.__call__`."""
         plain = architecture.unwrap(model)
+        self.policy = self.policy.for_model(plain)
         self._forget()
         self._achieved = {}
         capture = architecture.text_model(plain).register_forward_pre_hook(self._capture, with_kwargs=True)
@@ -185,7 +187,8 @@ class PolicyPress(BasePress):
             tokenizer=self.tokenizer,
         )
         if self.policy.spans_layers(self.budget()):
-            self._scores[layer] = self.policy.score_layer(ctx, self.budget())
+            scores = self.policy.score_layer(ctx, self.budget())
+            self._scores[layer] = check_numbers(scores, self.policy.name, layer)
             return keys, values
         kept = self.policy.keep_layer(ctx, self.budget())
         alike = self.policy.scored and self.scope == "head"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.budget import SCOPES, Budget, Scope
-from sparsekv.policies.choosing import AcrossLayers, TopOfAllLayers, keep_across, keep_top
+from sparsekv.policies.choosing import AcrossLayers, TopOfAllLayers, check_numbers, keep_across, keep_top
 from sparsekv.policies.step_rules import StepRule
 from sparsekv.selection import NEVER, Selection
 
@@ -305,6 +305,9 @@ class LayerPolicy(Policy):
     joint: ClassVar[bool] = False
     """True if the choice needs the scores of every layer whatever the budget's scope (see `across_layers`)."""
 
+    leaves_unequal: ClassVar[bool] = False
+    """True if the heads of a layer keep different numbers under any budget."""
+
     whole_context: ClassVar[bool] = False
     """True if it compresses a context once, as a whole: no chunks, no later turns, not while decoding."""
 
@@ -339,7 +342,8 @@ class LayerPolicy(Policy):
         if self.spans_layers(budget):
             what = f"method {self.name!r}" if self.joint else "budget scope 'model'"
             raise ConfigError(f"{what} needs the scores of every layer; use keep_layers over all of them")
-        return keep_top(self.score_layer(ctx, budget)[:, None], budget)[:, 0]
+        scores = check_numbers(self.score_layer(ctx, budget), self.name, ctx.layer_idx)
+        return keep_top(scores[:, None], budget)[:, 0]
 
     # ---- over all layers --------------------------------------------------------------------------------------
 
@@ -348,11 +352,12 @@ class LayerPolicy(Policy):
         return self.joint or budget.scope == "model"
 
     def needs_whole_context(self, budget: Budget) -> bool:
-        """True if a context must be read at once, in the first turn, and nothing leaves while decoding.
+        """True if a context must be read at once, in the first turn, and nothing leaves while decoding."""
+        return self.whole_context or self.spans_layers(budget)
 
-        So it is where the heads of a layer share a budget, too: what is left of unequal heads can't be scored again.
-        """
-        return self.whole_context or self.spans_layers(budget) or budget.scope == "layer"
+    def evicts_once(self, budget: Budget) -> bool:
+        """True if the heads of a layer are left unequal, which can't be scored again; so nothing leaves in decoding."""
+        return self.leaves_unequal or budget.scope == "layer" or self.needs_whole_context(budget)
 
     def across_layers(self, n_layers: int, budget: Budget) -> AcrossLayers:
         """A fresh choice over the `n_layers` compressible layers of one row; by default the top of all scores."""

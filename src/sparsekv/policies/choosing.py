@@ -50,20 +50,20 @@ def keep_top(scores: Tensor, budget: Budget) -> Tensor:
     return kept.view(b, -1).scatter_(-1, index, True).view(b, n_layers, h, t)
 
 
-def check_scores(scores: Tensor, method: str, layer_idx: int) -> Tensor:
-    """The scores, if none of them is NaN: these would sort anywhere.
+def check_numbers(x: Tensor, method: str, layer_idx: int, what: str = "scores") -> Tensor:
+    """What decides (scores, or the keys they are made of), if nothing of it is NaN: that would sort anywhere.
 
     Raises
     ------
     ConfigError
         It names the method and the layer.
     """
-    if bool(scores.isnan().any()):
+    if bool(x.isnan().any()):
         raise ConfigError(
-            f"method '{method}': scores in layer {layer_idx} are NaN, so its activations are broken (half precision "
+            f"method '{method}': {what} in layer {layer_idx} are NaN, so its activations are broken (half precision "
             "may overflow: try float32)"
         )
-    return scores
+    return x
 
 
 class AcrossLayers(ABC):

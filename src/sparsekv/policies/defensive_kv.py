@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import LayerContext, LayerPolicy
 from sparsekv.policies.budget import Budget, Scope
-from sparsekv.policies.choosing import check_scores, keep_top
+from sparsekv.policies.choosing import check_numbers, keep_top
 from sparsekv.policies.sizes import require_budget
 from sparsekv.policies.window_scores import ALWAYS, check_window, pooled, window_attention, with_window
 
@@ -82,7 +82,7 @@ class DefensiveKV(LayerPolicy):
     ratio_free = False
     scored: ClassVar[bool] = False  # the budget's sharing is the method's own, so it decides itself
     needs_budget: ClassVar[bool] = True
-    whole_context: ClassVar[bool] = True  # what is left of unequal heads can't be scored again
+    leaves_unequal: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("head", "layer")
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class DefensiveKV(LayerPolicy):
         """BoolTensor [B, H, T]: the layer's best entries; heads may keep different numbers."""
         require_budget(self.name, budget)
         self.check_scope(budget)
-        scores = check_scores(self.score_layer(ctx, budget), self.name, ctx.layer_idx)
+        scores = check_numbers(self.score_layer(ctx, budget), self.name, ctx.layer_idx)
         return keep_top(scores[:, None], replace(budget, scope="layer"))[:, 0]
 
 

@@ -26,6 +26,7 @@ from sparsekv import architecture
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import ModelPolicy, NativePolicy
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.choosing import check_numbers
 from sparsekv.policies.press_copies import (
     clear_download_error,
     downloads,
@@ -135,6 +136,7 @@ class PressModel(ModelPolicy):
 
     def _kept(self, module: Any, layer: int, cache: _FirstRows) -> Tensor:
         keys, values = cache.first[layer]
+        check_numbers(keys, self.name, layer, "keys")
         left: Any = cache.layers[layer]
         if module.masked_key_indices is not None:
             return unmasked(module.masked_key_indices, keys)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.policies.base import LayerContext, LayerPolicy, Route
 from sparsekv.policies.budget import Budget
+from sparsekv.policies.choosing import check_numbers
 from sparsekv.policies.press_copies import (
     drawing,
     exact_ratio,
@@ -318,7 +319,7 @@ class PressLayer(_InLayer):
 
     def _kept_in_row(self, press: BasePress, row: LayerContext) -> Tensor:
         module: Any = row.module
-        before = row.keys[0], row.values[0]
+        before = check_numbers(row.keys, self.name, row.layer_idx, "keys")[0], row.values[0]
         had, earlier = hasattr(module, "masked_key_indices"), getattr(module, "masked_key_indices", None)
         module.masked_key_indices = None
         try:
@@ -342,7 +343,7 @@ class PressMasked(PressLayer):
     """A press that hides entries per head inside a layer (AdaKV, CriticalAdaKV, DMS, LU-KV)."""
 
     route: ClassVar[Route] = "masked"
-    whole_context: ClassVar[bool] = True  # what is left of unequal heads can't be scored again
+    leaves_unequal: ClassVar[bool] = True
 
 
 def unmasked(indices: Any, keys: Tensor) -> Tensor:

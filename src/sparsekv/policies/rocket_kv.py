@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekv.policies.base import LayerContext, LayerPolicy, PositionPolicy, TokenRow
 from sparsekv.policies.budget import Budget, Scope
-from sparsekv.policies.choosing import check_scores
+from sparsekv.policies.choosing import check_numbers
 from sparsekv.policies.sizes import check_size, require_budget
 from sparsekv.policies.step_rules import HybridRule, QuestRule, StepRule
 from sparsekv.policies.window_scores import check_window, pooled, window_attention, with_window
@@ -93,7 +93,7 @@ class RocketKV(LayerPolicy):
 
     def keep_layer(self, ctx: LayerContext, budget: Budget) -> Tensor:
         """BoolTensor [B, H, T]; the same number in every head, of equals the earlier entry."""
-        scores = check_scores(self.score_layer(ctx, budget), self.name, ctx.layer_idx)
+        scores = check_numbers(self.score_layer(ctx, budget), self.name, ctx.layer_idx)
         n_kept = self.n_stored(scores.shape[-1], budget)
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :n_kept]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

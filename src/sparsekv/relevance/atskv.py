@@ -27,7 +27,7 @@ from sparsekv.policies.learned_scores import relevance_of_entries
 from sparsekv.policies.sizes import describe
 from sparsekv.relevance.policy import Relevance
 from sparsekv.relevance.predictor import checked_betas, served_by
-from sparsekv.relevance.threshold import ByQuantile, ThresholdController
+from sparsekv.relevance.threshold import ByQuantile, ThresholdController, checked_bounds
 
 _RECENT, _SINK = 1e6, 3e7
 """Log relevances of entries that always stay: above all others, sinks first, then the newest.
@@ -76,7 +76,7 @@ class ATSKV(Relevance):
         object.__setattr__(self, "betas", checked_betas(self.betas))  # a YAML list, made hashable
         if self.target is not None:
             Budget(compression_ratio=self.target)
-        object.__setattr__(self, "bounds", tuple(self.bounds))
+        object.__setattr__(self, "bounds", checked_bounds(self.bounds))
         self._controller(Budget(tokens=1), self.entry_bytes or 1)
 
     # ---- scores ---------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class ATSKV(Relevance):
         if self.max_bytes is None or self.entry_bytes is not None:
             return self
         dtype = getattr(model, "dtype", None)
-        if dtype is None:
+        if not isinstance(dtype, torch.dtype):
             raise ConfigError(
                 f"{self.name}: max_bytes needs the model itself, whose dtype says what an entry takes"
             )
@@ -145,6 +145,10 @@ class ATSKV(Relevance):
 
     def needs_whole_context(self, budget: Budget) -> bool:
         """False: scores are remembered."""
+        return False
+
+    def evicts_once(self, budget: Budget) -> bool:
+        """False, for the same reason."""
         return False
 
     def controller(self, budget: Budget) -> ThresholdController:

@@ -183,7 +183,7 @@ def _check_probe(path: Path, theirs: list[float], ours: list[float]) -> None:
     if not theirs or not ours:
         return
     a, b = torch.tensor(theirs), torch.tensor(ours)
-    if a.shape != b.shape or float((a - b).norm()) > _ALIKE * float(a.norm()):
+    if a.shape != b.shape or not float((a - b).norm()) <= _ALIKE * float(a.norm()):  # also where they are NaN
         raise ConfigError(
             f"relevance file '{path}' is for another model: of the same shape, but with other token embeddings"
         )

@@ -52,6 +52,18 @@ class RowState:
     rounds: int = 0
 
 
+def checked_bounds(bounds: Any) -> tuple[float, float]:
+    """(low, high), if these are two numbers with 0 <= low <= high <= 1; else a ConfigError."""
+    numbers = isinstance(bounds, (list, tuple)) and all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) for each in bounds
+    )
+    if not (numbers and len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1):
+        raise ConfigError(
+            f"threshold controller: bounds must be (low, high) with 0 <= low <= high <= 1, got {bounds!r}"
+        )
+    return float(bounds[0]), float(bounds[1])
+
+
 class ThresholdController:
     """Holds a row's stored entries within a budget, by one quantile for all layers and heads.
 
@@ -89,7 +101,7 @@ class ThresholdController:
         self.budget = budget or Budget()
         self.betas = tuple(float(beta) for beta in betas)
         self.max_bytes, self.entry_bytes = max_bytes, entry_bytes
-        self.bounds, self.hysteresis = (float(bounds[0]), float(bounds[1])), float(hysteresis)
+        self.bounds, self.hysteresis = checked_bounds(bounds), float(hysteresis)
         self.rows: dict[int, RowState] = {}
         self._check()
 
@@ -105,11 +117,6 @@ class ThresholdController:
         if self.max_bytes is not None and self.entry_bytes is None:
             raise ConfigError(
                 "threshold controller: max_bytes needs entry_bytes, the bytes of one key and value"
-            )
-        low, high = self.bounds
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(
-                f"threshold controller: bounds must be 0 <= low <= high <= 1, got {self.bounds}"
             )
         if not 0 <= self.hysteresis < 1:
             raise ConfigError(f"threshold controller: hysteresis must be in [0, 1), got {self.hysteresis}")

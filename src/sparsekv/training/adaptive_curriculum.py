@@ -79,8 +79,9 @@ class AdaptiveCurriculum(Curriculum):
         self.patience, self.retry_after = (
             _count(n, v) for n, v in (("patience", patience), ("retry_after", retry_after))
         )
+        self.baseline = None if baseline is None else _positive("baseline", baseline)
         self._state: dict[str, Any] = {
-            "baseline": None if baseline is None else _positive("baseline", baseline),
+            "baseline": self.baseline,
             "ratio": self.start_ratio,
             "safe": [],  # ratios that were safe and not contradicted since, increasing
             "unsafe": None,  # the ratio that was not, if one bounds the search

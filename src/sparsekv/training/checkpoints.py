@@ -206,8 +206,12 @@ def check_config(checkpoint: Path, config: TrainConfig) -> None:
     check_settings(checkpoint, public_settings(read_training_config(checkpoint)), public_settings(config))
 
 
-def check_settings(checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_settings(
+    checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, what: str = "config"
+) -> None:
     """Raise unless a checkpoint's settings are those of the run that is to go on from it, `FREE_KEYS` apart.
+
+    `what` they are settings of, for the message.
 
     Raises
     ------
@@ -223,8 +227,8 @@ def check_settings(checkpoint: Path, old: Mapping[str, Any], new: Mapping[str, A
         first = changed[0]
         also = f" (also {', '.join(changed[1:4])}{', …' if len(changed) > 4 else ''})" if changed[1:] else ""
         raise ConfigError(
-            f"checkpoint '{checkpoint}' is of another config: {first} was {old.get(first)!r}, now "
-            f"{new.get(first)!r}{also}; use another output_dir, or the config it was made with"
+            f"checkpoint '{checkpoint}' is of another {what}: {first} was {old.get(first)!r}, now "
+            f"{new.get(first)!r}{also}; use another output_dir, or the {what} it was made with"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsekv.training.checkpoints import check_settings
 from sparsekv.training.curriculum import Curriculum
+from sparsekv.training.objective import Objective
 from sparsekv.training.output import read_json, without_paths, write_json
 
 SETUP_FILE = "trainer_setup.json"
@@ -17,7 +18,8 @@ SETUP_FILE = "trainer_setup.json"
 def described(value: Any) -> Any:
     """A policy, an objective or whatever else a trainer is given, as JSON values: its class and its settings.
 
-    Of what is neither plain nor a dataclass only the class counts; of a curriculum what can't change as it listens.
+    Of what is neither plain nor a dataclass only the class counts; of curricula and objectives all attributes, but for
+    what changes as a curriculum listens (`_state`).
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -28,9 +30,8 @@ def described(value: Any) -> Any:
     made = {"class": type(value).__name__}
     if is_dataclass(value):
         return made | {each.name: described(getattr(value, each.name)) for each in fields(value) if each.init}
-    if isinstance(value, Curriculum):
-        plain = (bool, int, float, str, tuple)
-        return made | {key: described(each) for key, each in vars(value).items() if isinstance(each, plain)}
+    if isinstance(value, (Curriculum, Objective)):
+        return made | {key: described(each) for key, each in vars(value).items() if key != "_state"}
     return made
 
 
@@ -45,4 +46,5 @@ def check_setup(checkpoint: Path, setup: Mapping[str, Any]) -> None:
     One that has no record of it (a config's, or an earlier version's) is let through.
     """
     if (checkpoint / SETUP_FILE).is_file():
-        check_settings(checkpoint, read_json(checkpoint / SETUP_FILE), without_paths(dict(setup)))
+        old = read_json(checkpoint / SETUP_FILE)
+        check_settings(checkpoint, old, without_paths(dict(setup)), what="trainer")

@@ -105,7 +105,7 @@ def is_fixed(curriculum: Curriculum, ratio: float | None = None) -> bool:
 
 
 def check_best(args: TrainingArguments, curriculum: Curriculum, *, own_sized: bool) -> None:
-    """Whether "the best" of `load_best_model_at_end` is the best model.
+    """Whether "the best" step, of `load_best_model_at_end` and the like, is that of the best model.
 
     Raises
     ------
@@ -113,13 +113,13 @@ def check_best(args: TrainingArguments, curriculum: Curriculum, *, own_sized: bo
         Where evaluations under eviction at different ratios would be compared: the least evicted would win. And where a
         perplexity or a loss would be the better the greater it is.
     """
-    if not args.load_best_model_at_end:
+    if not (args.load_best_model_at_end or args.metric_for_best_model or args.save_strategy == "best"):
         return
     metric = args.metric_for_best_model or "loss"
     evicted, full = metric.endswith(("loss", "perplexity_evicted")), metric.endswith("perplexity")
     if evicted and not (own_sized or is_fixed(curriculum)):
         raise ConfigError(
-            f"load_best_model_at_end would compare {metric} under eviction at other ratios, which curriculum "
+            f"metric_for_best_model would compare {metric} under eviction at other ratios, which curriculum "
             f"{curriculum.name} sets: the least evicted would win; give curriculum fixed, or "
             "metric_for_best_model='perplexity' (with the full cache) and greater_is_better=False"
         )

@@ -18,7 +18,9 @@ _ROUND = 2**32
 """Added to the numbers of a stream's samples each time it starts over: more than it has samples."""
 
 
-def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int) -> dict[str, Any] | None:
+def as_sample(
+    item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int, *, labelled: bool = True
+) -> dict[str, Any] | None:
     """One item with every key of a sample; None if nothing is learned from it: fewer than two tokens, or no label after
     the first.
 
@@ -29,6 +31,7 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
         them; None is 0.
     index : its place in the data set; an own sample_index wins
     seq_len : text is cut to so many tokens
+    labelled : False where something is learned without labels, too
 
     Raises
     ------
@@ -54,7 +57,7 @@ def as_sample(item: Mapping[str, Any], index: int, tokenizer: Any, seq_len: int)
     if boundary and not start < boundary <= end:
         allowed = f"0, or in [{start + 1}, {end}]" if start else f"in [0, {end}]"
         raise ConfigError(f"data set item {index}: boundary must be {allowed}, got {boundary}")
-    if all(label == IGNORED for label in labels[start + 1 : end]):
+    if labelled and all(label == IGNORED for label in labels[start + 1 : end]):
         return None
     return {
         "input_ids": ids[start:end],
@@ -92,20 +95,24 @@ class Samples(Dataset):
         If the first item is no sample, or nothing is learned from any.
     """
 
-    def __init__(self, inner: Any, tokenizer: Any, seq_len: int) -> None:
-        self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
+    def __init__(self, inner: Any, tokenizer: Any, seq_len: int, *, labelled: bool = True) -> None:
+        self.inner, self.tokenizer, self.seq_len, self.labelled = inner, tokenizer, seq_len, labelled
         self._usable(0)  # so that a wrong data set is told before training
 
     @classmethod
-    def of(cls, dataset: Any, tokenizer: Any, seq_len: int, *, endless: bool = False) -> Any:
+    def of(
+        cls, dataset: Any, tokenizer: Any, seq_len: int, *, endless: bool = False, labelled: bool = True
+    ) -> Any:
         """`dataset` as samples; None, and what is samples already, as it is. `endless`: of a stream."""
         if dataset is None or isinstance(dataset, (Samples, str)):
             return dataset
         if isinstance(dataset, StreamedSamples):
-            return StreamedSamples(dataset.inner, dataset.tokenizer, dataset.seq_len, endless=endless)
+            return StreamedSamples(
+                dataset.inner, dataset.tokenizer, dataset.seq_len, endless=endless, labelled=labelled
+            )
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            return cls(dataset, tokenizer, seq_len)
-        return StreamedSamples(dataset, tokenizer, seq_len, endless=endless)
+            return cls(dataset, tokenizer, seq_len, labelled=labelled)
+        return StreamedSamples(dataset, tokenizer, seq_len, endless=endless, labelled=labelled)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -119,7 +126,7 @@ class Samples(Dataset):
         """The first sample at or after `index`; after the last comes the first."""
         for place in range(index, index + len(self)):
             place %= len(self)
-            found = as_sample(self.inner[place], place, self.tokenizer, self.seq_len)
+            found = as_sample(self.inner[place], place, self.tokenizer, self.seq_len, labelled=self.labelled)
             if found is not None:
                 return found
         raise ConfigError(
@@ -140,15 +147,17 @@ class StreamedSamples(IterableDataset):
         can't start over, still ends.
     """
 
-    def __init__(self, inner: Any, tokenizer: Any, seq_len: int, *, endless: bool = False) -> None:
+    def __init__(
+        self, inner: Any, tokenizer: Any, seq_len: int, *, endless: bool = False, labelled: bool = True
+    ) -> None:
         self.inner, self.tokenizer, self.seq_len = inner, tokenizer, seq_len
-        self.endless = endless
+        self.endless, self.labelled = endless, labelled
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for first in count(step=_ROUND):
             empty = True
             for index, item in enumerate(self.inner):
-                found = as_sample(item, index, self.tokenizer, self.seq_len)
+                found = as_sample(item, index, self.tokenizer, self.seq_len, labelled=self.labelled)
                 if found is not None:
                     empty = False
                     yield {**found, "sample_index": first + found["sample_index"]}

@@ -87,6 +87,7 @@ from sparsekv.training.setup import (
     give_own_group,
     moves_without_adapters,
     policy_of,
+    ratio_of,
     with_lora,
 )
 from sparsekv.training.sharded import check_dtypes, check_plugin, expect_idle
@@ -189,9 +190,7 @@ class SparseKVTrainer(EvaluatingTrainer):
         self.scope: Scope = getattr(press, "scope", "head")
         self.dropping = dropping or DroppingConfig()
         self.own_budget = own_budget(press, curriculum, alone=relaxation is None)
-        self.curriculum = curriculum or FixedCurriculum(
-            float(getattr(press, "compression_ratio", 0.0) or 0.0)
-        )
+        self.curriculum = curriculum or FixedCurriculum(ratio_of(press))
         self.sparsity = sparsity_of(press, objective)
         self.objective = objective or (EITObjective() if trains_predictors else StandardLMObjective())
         check_objective(self.objective, self.dropping)
@@ -207,8 +206,8 @@ class SparseKVTrainer(EvaluatingTrainer):
             "objective": described(self.objective),
             "dropping": described(self.dropping),
             "relaxation": described(relaxation),
-            "relevance": [relevance_lr, relevance_weight_decay],
-            "seq_len": seq_len,
+            "relevance_lr": relevance_lr if trains_predictors else None,
+            "relevance_weight_decay": relevance_weight_decay if trains_predictors else None,
         }
         self.quantiles = ScoreQuantiles()
         self.meter = Meter()
@@ -235,7 +234,8 @@ class SparseKVTrainer(EvaluatingTrainer):
         self.n_checkpoints, args.save_total_limit = args.save_total_limit, None  # whole ones only: `rotate`
         own_collator = kwargs.pop("data_collator", None)
         collator = collator_for(own_collator, tokenizer)
-        samples = Samples.of(train_dataset, tokenizer, seq_len, endless=True)
+        labelled = not self.objective.changes_batch  # it may append something to be learned
+        samples = Samples.of(train_dataset, tokenizer, seq_len, endless=True, labelled=labelled)
         if own_collator is None:  # else its rows may be no samples
             check_lengths(samples, self.dropping, always_kept(self.policy, relaxation))
         super().__init__(
