@@ -252,7 +252,10 @@ def test_a_score_that_is_no_number_is_never_chosen_by():
         ({}, "needs a budget"),
         ({"max_bytes": 100}, "max_bytes needs entry_bytes"),
         ({"max_bytes": 0, "entry_bytes": 4}, "max_bytes must be a whole number >= 1"),
-        ({"budget": Budget(0.5), "bounds": (0.5, 0.2)}, "bounds must be .low, high. with 0 <= low <= high <= 1"),
+        (
+            {"budget": Budget(0.5), "bounds": (0.5, 0.2)},
+            "bounds must be .low, high. with 0 <= low <= high <= 1",
+        ),
         ({"budget": Budget(0.5), "hysteresis": 1.0}, r"hysteresis must be in \[0, 1\)"),
         ({"budget": Budget(0.5), "betas": (1.0, 0.0)}, "betas must be numbers over 0"),
     ],

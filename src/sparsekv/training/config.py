@@ -25,7 +25,7 @@ from sparsekv.training.config_parts import (
     TrainModel,
     protected_tokens,
 )
-from sparsekv.training.curricula import Curriculum, FixedCurriculum
+from sparsekv.training.curricula import Curriculum, is_fixed
 from sparsekv.training.data_spec import DataConfig
 
 
@@ -179,8 +179,7 @@ class TrainConfig(Strict):
         if drops is None:
             return
         curriculum = self.make_curriculum()
-        none = isinstance(curriculum, FixedCurriculum) and curriculum.ratio(0, self.steps) == 0
-        if drops.has_threshold and not self.relevance.enabled and not none:
+        if drops.has_threshold and not self.relevance.enabled and not is_fixed(curriculum, 0.0):
             raise ValueError(
                 f"'{drops.name}' has a threshold of its own, which no ratio can be given beside; give "
                 "curriculum: {name: fixed, args: {ratio: 0.0}}"

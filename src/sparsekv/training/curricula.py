@@ -39,6 +39,7 @@ __all__ = [
     "LinearCurriculum",
     "SpreadCurriculum",
     "StepCurriculum",
+    "is_fixed",
     "make_curriculum",
 ]
 
@@ -61,6 +62,11 @@ class FixedCurriculum(Curriculum):
     def ratio(self, step: int, total_steps: int) -> float:
         """The ratio."""
         return self._ratio
+
+
+def is_fixed(curriculum: Curriculum, ratio: float | None = None) -> bool:
+    """Whether the ratio is the same at every step; with a `ratio`, whether it is that."""
+    return isinstance(curriculum, FixedCurriculum) and ratio in (None, curriculum.ratio(0, 1))
 
 
 @dataclass(frozen=True)

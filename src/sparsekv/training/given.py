@@ -19,7 +19,7 @@ from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.policies.sparsity import Sparsity
 from sparsekv.relevance.predictor import Served
-from sparsekv.training.curricula import FixedCurriculum
+from sparsekv.training.curricula import is_fixed
 from sparsekv.training.curriculum import Curriculum
 from sparsekv.training.dropping import DroppingConfig, last_drawn
 from sparsekv.training.objective import Objective
@@ -97,11 +97,6 @@ def own_budget(press: Any, curriculum: Curriculum | None, *, alone: bool = True)
             "ratio; give one"
         )
     return budget if getattr(press, "own_sized", False) or curriculum is None else None
-
-
-def is_fixed(curriculum: Curriculum, ratio: float | None = None) -> bool:
-    """Whether the ratio is the same at every step; with a `ratio`, whether it is that."""
-    return isinstance(curriculum, FixedCurriculum) and ratio in (None, curriculum.ratio(0, 1))
 
 
 def check_best(args: TrainingArguments, curriculum: Curriculum, *, own_sized: bool) -> None:
