@@ -162,11 +162,7 @@ def compress(
 
 def _whole(policy: LayerPolicy, budget: Budget) -> str:
     """What it is that needs a whole context, for messages."""
-    return (
-        f"method {policy.name!r}"
-        if policy.joint or policy.whole_context or policy.leaves_unequal
-        else f"budget scope {budget.scope!r}"
-    )
+    return f"method {policy.name!r}" if policy.evicts_once(Budget()) else f"budget scope {budget.scope!r}"
 
 
 def _cache_for(

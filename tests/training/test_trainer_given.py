@@ -23,6 +23,7 @@ from sparsekv.training import (
     MixedObjective,
     ReconstructionObjective,
 )
+from sparsekv.training.collate import Collator
 from sparsekv.training.curricula import StepCurriculum
 from sparsekv.training.dropping import DroppingConfig
 from sparsekv.training.relaxation import Relaxation
@@ -307,30 +308,10 @@ def test_a_ratio_of_kvpress_is_the_default_curriculum(tmp_path):
 
 
 def test_a_press_brings_its_tokenizer(tmp_path):
+    """Where the trainer has none: a collator of one's own needs none of it."""
     press = SentenceDropoutPress(0.5, tokenizer=toy_tokenizer(), n_sink=1, recent=2)
-    trainer_for(tmp_path, press=press, tokenizer=None, data_collator=LeftPadded()).train()
-
-
-class LeftPadded:
-    """Without a tokenizer, as a user's own collator may be."""
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([[fill] * (longest - len(row[name])) + list(row[name]) for row in rows])
-
-        lengths = [longest - len(row["input_ids"]) for row in rows]
-        bounds = [
-            row["boundary"] + pad if row["boundary"] else 0 for row, pad in zip(rows, lengths, strict=True)
-        ]
-        return {
-            "input_ids": padded("input_ids", 0),
-            "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", -100),
-            "boundary": torch.tensor(bounds),
-            "sample_index": torch.tensor([row["sample_index"] for row in rows]),
-        }
+    collator = Collator(toy_tokenizer())
+    trainer_for(tmp_path, press=press, tokenizer=None, data_collator=collator).train()
 
 
 def test_the_span_to_repeat_was_evicted(tmp_path):

@@ -96,7 +96,7 @@ class TieredReader:
         real = self.tiers.real_columns(layer.get_seq_length())
         plan = self._plan(tiered, real, n_query)
         tiered.attended_passive = None
-        if plan is None or not (plan.asked.any() or plan.over.any()):
+        if plan is None:
             return attend_stored(layer, query, attention_mask, scaling)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = tail_mask(layer, attention_mask, n_query, query.device)
@@ -175,6 +175,8 @@ class TieredReader:
                 np.minimum(fill + (sizes - over).clip(min=tiers.page_size), waiting),
                 0,
             )
+        if not (asked.any() or over.any()):
+            return None
         return _Plan(quotas, fill, over, waiting, asked, least)
 
     def _looks(self, layer: TieredLayer, n_query: int) -> bool:

@@ -20,6 +20,7 @@ from sparsekv.models.load import load_config
 from sparsekv.models.locate import check_adapter_folder, locate_model
 from sparsekv.models.placement import named_device
 from sparsekv.policies.base import LayerPolicy, ModelPolicy, NativePolicy, Policy, TokenContext, TokenPolicy
+from sparsekv.policies.budget import Budget
 from sparsekv.policies.soft import SoftThreshold
 from sparsekv.relevance import RELEVANCE_FILE
 from sparsekv.relevance.policy import Relevance
@@ -178,8 +179,7 @@ def check_combinations(chosen: Sequence[Setting], advice: Advice = CONFIG) -> No
                     f"{name} shares its budget in its own way; budget_scope must be "
                     f"{' or '.join(policy.scopes)}, got {scope}"
                 )
-            always = policy.joint or policy.whole_context or policy.leaves_unequal
-            what = name if always else f"{name}: budget_scope {scope}"
+            what = name if policy.evicts_once(Budget()) else f"{name}: budget_scope {scope}"
             if policy.needs_whole_context(setting.budget) and (
                 setting.chunk is not None or setting.phase != "prefill"
             ):

@@ -88,14 +88,9 @@ def policy_of(press: Any) -> Policy:
 
 def ratio_of(press: Any) -> float:
     """The ratio of a press of ours or of kvpress's, and of the presses in it; 0 where it has none."""
-    from kvpress import BasePress
+    from sparsekv.policies.press_copies import own_ratio  # loads kvpress
 
-    from sparsekv.policies.as_press import PolicyPress
-    from sparsekv.policies.press_copies import own_ratio
-
-    if isinstance(press, BasePress) and not isinstance(press, PolicyPress):
-        return own_ratio(press)
-    return float(getattr(press, "compression_ratio", 0.0) or 0.0)
+    return own_ratio(press)
 
 
 def with_lora(model: Any, options: LoraOptions | None, *, seed: int = 0) -> Any:
