@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracle import announced
+from sparsekv.cache.recall import EAGER, EVERY, OFTEN
 from sparsekv.cache.sparse import ATTENTION
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
@@ -65,7 +66,7 @@ def test_without_recall_the_same_step_misses_it():
     assert not any(PLANTED in columns for columns in cache.layers[0].columns())
 
 
-def test_an_entry_beside_is_seen_and_does_not_move():
+def test_an_entry_beside_is_seen_and_does_not_move_at_once():
     cache, needle = planted_cache(active=20, recall_tokens=1)
     output = step(cache, needle)
     assert torch.allclose(output, torch.arange(float(D)).expand(H * G, D), atol=0.2)
@@ -74,6 +75,75 @@ def test_an_entry_beside_is_seen_and_does_not_move():
     assert stored.all() and attended.attended[0, 0].sum(dim=-1).tolist() == [18, 18]
     assert attended.attended[0, 0, :, PLANTED].all()
     assert cache.attended_fraction == pytest.approx(18 / (T + 1))
+
+
+def residents(cache: TieredCache) -> list[list[int]]:
+    return [columns.tolist() for columns in cache.layers[0].columns()]
+
+
+@pytest.mark.parametrize("recall", [1, 8, 100])
+def test_an_entry_that_is_recalled_often_moves_in_for_the_weakest(recall):
+    cache, needle = planted_cache(active=20, recall_tokens=recall)
+    for place in range(OFTEN):
+        assert not any(PLANTED in columns for columns in residents(cache)), "not yet"
+        output = step(cache, needle)
+        assert torch.allclose(output, torch.arange(float(D)).expand(H * G, D), atol=0.2)
+        attended, stored = cache.last_step()
+        seen = 16 + place + 1 + min(recall, 48)
+        assert attended.attended[0, 0].sum(dim=-1).tolist() == [seen] * H, "who moved was seen as well"
+        assert (attended.attended & ~stored).sum() == 0
+    for head, columns in enumerate(residents(cache)):
+        assert PLANTED in columns and {0, 1, T + OFTEN - 1} <= set(columns)
+        assert len(columns) == 16 + OFTEN, "one came and one left"
+        passive = cache.tiers.store.columns(0, 0, head).tolist()
+        assert sorted(columns + passive) == list(range(T + OFTEN)), "and nothing else moved"
+    output = step(cache, needle)
+    assert torch.allclose(output, torch.arange(float(D)).expand(H * G, D), atol=0.2)
+
+
+def test_entries_that_do_not_matter_stay_where_they_are_however_often_they_are_recalled():
+    """All that is passive is recalled at every step, and weighs what the residents weigh."""
+    cache, _ = planted_cache(active=40, recall_tokens=100)
+    before = residents(cache)
+    for _ in range(2 * OFTEN):
+        step(cache, torch.zeros(D))
+    for columns, old in zip(residents(cache), before, strict=True):
+        assert columns == old + list(range(T, T + 2 * OFTEN))
+
+
+def test_later_only_looks_count():
+    cache, needle = planted_cache(active=40, recall_tokens=1)
+    for _ in range(EAGER):
+        step(cache, torch.zeros(D))
+    n = 0
+    while not any(PLANTED in columns for columns in residents(cache)):
+        step(cache, needle)
+        n += 1
+    assert (OFTEN - 1) * EVERY < n <= OFTEN * EVERY
+
+
+def test_what_is_counted_goes_with_crops_snapshots_rows_and_forks():
+    cache, needle = planted_cache(active=20, recall_tokens=1)
+    state = cache.snapshot()
+    for _ in range(OFTEN - 1):
+        step(cache, needle)
+    cache.crop(T)  # forgets the steps' own tokens, not that they asked
+    nearly = cache.snapshot()
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.layers[0].recalls.shape == (2 * H, T)
+    assert (cache.layers[0].recalls[:, PLANTED] == OFTEN - 1).all()
+    cache.restore(nearly)
+    twin = cache.fork([cache.selection()] * 2)
+    assert (twin.layers[0].recalls[:, PLANTED] == OFTEN - 1).all()
+    step(cache, needle)
+    assert all(PLANTED in columns for columns in residents(cache))
+    assert not cache.layers[0].recalls[:, PLANTED].any(), "starts anew if it leaves again"
+    cache.restore(state)
+    step(cache, needle)
+    assert not any(PLANTED in columns for columns in residents(cache))
+    cache.reset()
+    assert cache.layers[0].recalls is None
 
 
 @pytest.mark.parametrize("recall", [1, 3, 4, 5, 30, 48, 100])

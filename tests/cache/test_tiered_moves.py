@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracle import announced
+from sparsekv.cache import recall as recalling
 from sparsekv.cache.sparse import ATTENTION
 from sparsekv.cache.tiered import TieredCache
 from toy import tiny_config
@@ -152,16 +154,18 @@ def run(cache: TieredCache, rows: int, steps: list[tuple[str, int]]) -> None:
     rows=st.integers(1, 2),
     active=st.integers(1, 24),
     recall=st.sampled_from([None, 0, 3, 10_000]),
+    often=st.sampled_from([1, 2]),
     steps=STEPS,
 )
-def test_every_entry_is_in_exactly_one_tier(rows, active, recall, steps):
-    run(TieredCache(config(), active, recall_tokens=recall, page_size=4), rows, steps)
+def test_every_entry_is_in_exactly_one_tier(rows, active, recall, often, steps):
+    with patch.object(recalling, "OFTEN", often):
+        run(TieredCache(config(), active, recall_tokens=recall, page_size=4), rows, steps)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(active=st.integers(1, 12), recall=st.sampled_from([None, 10_000]), steps=STEPS)
+@given(active=st.integers(1, 12), recall=st.sampled_from([None, 4, 10_000]), steps=STEPS)
 def test_every_entry_is_in_exactly_one_tier_on_disk(active, recall, steps):
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.object(recalling, "OFTEN", 1):
         cache = TieredCache(config(), active, f"disk:{folder}/tier", recall_tokens=recall, page_size=4)
         run(cache, 1, [step for step in steps if step[0] != "fork"])
         cache.close()

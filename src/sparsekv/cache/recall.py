@@ -49,13 +49,17 @@ EAGER = 8
 """Tokens right after a forward of several (a question), at each of which every layer looks: an answer begins."""
 
 
+OFTEN = 4
+"""Looks in which a passive entry mattered, until it moves in where recalled entries are seen beside the residents."""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How many entries a forward may move, int64 [S] each.
 
     quotas : residents that there may be; fill : places free for recalled entries; over : residents too many;
     passive : entries in the passive tier; asked : passive entries to look at (0 everywhere: none are).
-    least [S, 1] : the share from which on an exchange is worth it.
+    least [S, 1] : the share from which on an exchange is worth it; looks : whether this forward counts as a look.
     """
 
     quotas: Ints
@@ -64,6 +68,7 @@ class _Plan:
     passive: Ints
     asked: Ints
     least: Floats
+    looks: bool
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,16 @@ class TieredReader:
         newest = block(first, n_query, None if real is None else torch.from_numpy(real[:, first - n_query :]))
         newest.put_beside(self._candidates(tiered, newest, plan))
         self._check_finite(newest)
-        offered, moves = self._offered(newest), None
+        offered, moves = self._offered(tiered, newest, plan), None
         if plan.over.any() or (offered is not None and (plan.fill.any() or (offered > plan.least).any())):
             residents = Residents(tiered.store, real)
             moves = self._exchange(newest, residents, offered, plan, n_query)
             newest.hide(moves.hidden)
+        coming = None
+        if newest.entries is not None and moves is not None and moves.coming is not None:
+            coming = newest.entries.only(moves.coming)
         if self.tiers.recall_tokens is None and newest.entries is not None:
-            comes = None if moves is None or moves.coming is None else newest.entries.only(moves.coming)
-            newest.put_beside(comes)
+            newest.put_beside(coming)
         parts = []
         for begin in range(0, first, WINDOW):
             older = block(begin, min(begin + WINDOW, first))
@@ -125,7 +132,7 @@ class TieredReader:
                 older.hide(moves.hidden)
             parts.append(older.output())
         parts.append(newest.output())
-        self._carry_out(tiered, moves, newest.entries)
+        self._carry_out(tiered, moves, coming, newest.entries)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def fresh(self) -> TieredReader:
@@ -177,7 +184,7 @@ class TieredReader:
             )
         if not (asked.any() or over.any()):
             return None
-        return _Plan(quotas, fill, over, waiting, asked, least)
+        return _Plan(quotas, fill, over, waiting, asked, least, looks)
 
     def _looks(self, layer: TieredLayer, n_query: int) -> bool:
         """Whether this forward looks for passive entries that matter, though nothing else makes a new buffer."""
@@ -221,11 +228,19 @@ class TieredReader:
 
     # ---- who comes and who leaves -------------------------------------------------------------------------------
 
-    def _offered(self, block: Block) -> Floats | None:
+    def _offered(self, layer: TieredLayer, block: Block, plan: _Plan) -> Floats | None:
         """[S, R]: the shares of candidates that may become residents, -1 where there is none; None if none may."""
-        if self.tiers.recall_tokens is not None or block.entries is None:
+        beside, limited = block.entries, self.tiers.recall_tokens is not None
+        if beside is None or (limited and not plan.looks):
             return None
-        return np.where(block.entries.valid, _numbers(block.shares_beside()), -1)
+        share = _numbers(block.shares_beside())
+        if not limited:
+            return np.where(beside.valid, share, -1)
+        segment, place = np.nonzero(beside.valid & (share > plan.least))
+        often = layer.count_recalls(segment, beside.columns[segment, place]) >= OFTEN
+        offered = np.full_like(share, -1)
+        offered[segment[often], place[often]] = share[segment[often], place[often]]
+        return offered
 
     def _exchange(
         self, block: Block, residents: Residents, offered: Floats | None, plan: _Plan, n_query: int
@@ -250,7 +265,8 @@ class TieredReader:
             coming = _marked(best_first, comes)
         rank, alive = np.arange(strength.shape[1]), strength < np.inf
         leaving = _marked(order, rank < (swaps + plan.over)[:, None])
-        hidden = _marked(order, rank < swaps[:, None])
+        replaced = swaps if self.tiers.recall_tokens is None else np.zeros_like(swaps)
+        hidden = _marked(order, rank < replaced[:, None])
         hidden &= residents.padded(
             residents.column < residents.store.seen - n_query, False
         )  # who asks sees itself
@@ -272,12 +288,15 @@ class TieredReader:
         strength = np.where(sinks, 4 - place, strength)
         return np.where(residents.padded(residents.alive, False), strength, np.inf)
 
-    def _carry_out(self, layer: TieredLayer, moves: _Moves | None, beside: Beside | None) -> None:
-        """Move what was decided, and note which passive entries this forward attended to."""
-        back = None if beside is None else beside.entries()
-        if self.tiers.recall_tokens is not None and back is not None:
-            layer.note_attended(back.segment, back.columns)
-            back = None
+    def _carry_out(
+        self, layer: TieredLayer, moves: _Moves | None, coming: Beside | None, seen: Beside | None
+    ) -> None:
+        """Move what was decided, and note which entries that are passive now this forward attended to."""
+        back = None if coming is None else coming.entries()
+        if seen is not None:
+            stays = seen.valid if coming is None else seen.valid & ~coming.valid
+            segment, place = np.nonzero(stays)
+            layer.note_attended(segment, seen.columns[segment, place])
         if moves is None:
             return
         residents = moves.residents
@@ -292,8 +311,10 @@ class TieredReader:
         store = residents.repack(stays, back, layer.spare_room(sizes.tolist()) + 1)
         self.tiers.swap(self.index, layer.batch, layer.n_kv_heads, residents.pick(leaving), back)
         layer.replace_store(store)
-        seen = leaving & ~hidden
-        layer.note_attended(residents.segment[seen], residents.column[seen])
+        if back is not None:
+            layer.forget_recalls(back.segment, back.columns)
+        lost = leaving & ~hidden
+        layer.note_attended(residents.segment[lost], residents.column[lost])
 
 
 def _tiered(layer: SparseLayer) -> TieredLayer:

@@ -50,8 +50,8 @@ class TieredCache(SparseCache):
         Where the passive tier lies: in CPU memory, or in memory-mapped files of a folder of its own.
     recall_tokens : int >= 0, optional
         None: recalled entries become resident and as many of the weakest residents leave, so the active size holds.
-        N: a forward attends to up to N passive entries per kv head beside the residents, and none of them moves. Where
-        that is the whole passive tier, logits are those of the full cache.
+        N: a forward attends to up to N passive entries per kv head beside the residents; those that are recalled often
+        move in for weaker ones. Where N is the whole passive tier, logits are those of the full cache.
     page_size : int >= 1
         Passive entries that are summarised, and looked at, together.
     n_sink, n_recent : int >= 0
@@ -177,8 +177,9 @@ class TieredCache(SparseCache):
 
     @property
     def passive_nbytes(self) -> int:
-        """Bytes of the passive tier, page summaries included, wherever they lie."""
-        return self.tiers.store.nbytes
+        """Bytes of the passive tier, page summaries and counts of recalls included, wherever they lie."""
+        counts = [layer.recalls for _, layer in self.tiered_layers() if layer.recalls is not None]
+        return self.tiers.store.nbytes + sum(each.nbytes for each in counts)
 
     @property
     def nbytes(self) -> int:
@@ -337,7 +338,7 @@ class TieredCache(SparseCache):
         save_session(self, folder)
         self.tiers.store.pack()  # go on as the opened session will
         for _, layer in self.tiered_layers():
-            layer.asked_at = 0
+            layer.asked_at, layer.recalls = 0, None
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, *, passive: str = "cpu") -> TieredCache:

@@ -100,8 +100,10 @@ def _side_by_side(
     twin.tiers.store.put_rows_of(index, stores, rows, layer.n_kv_heads, shifts)
     first = 0
     for cache, n_rows, shift in zip(caches, rows, shifts, strict=True):
-        noted = cache.layers[index].attended_passive
-        if noted is not None:
-            layer.note_attended(noted[0] + first * layer.n_kv_heads, noted[1] + shift)
+        own, segments = cache.layers[index], first * layer.n_kv_heads
+        if own.attended_passive is not None:
+            layer.note_attended(own.attended_passive[0] + segments, own.attended_passive[1] + shift)
+        if own.recalls is not None:
+            layer.put_recalls(own.recalls, segments, shift)
         first += n_rows
     return layer

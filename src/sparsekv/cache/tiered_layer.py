@@ -22,6 +22,9 @@ from sparsekv.errors import ConfigError
 _GROWTH = 64
 """Spare slots per segment for single tokens, where the quota leaves so many."""
 
+_MOST_RECALLS = 100
+"""Counted no further: less than what int8 holds."""
+
 NO_ROTATION = (
     "re-rotated keys can't be kept in two tiers: a recalled key has the position that it was computed with; "
     "use a SparseCache, or a method that does not re-rotate"
@@ -48,6 +51,9 @@ class TieredLayer(SparseLayer):
         """int64 [2, any]: segments and columns that the last forward attended to and that are passive now."""
         self.asked_at = 0
         """Tokens seen when the last forward of several tokens ended; a hint to `TieredReader`, not in sessions."""
+        self.recalls: Ints | None = None
+        """int8 [S, any]: in how many looks each column's entry mattered since it became passive (`TieredReader`, where
+        recalled entries are seen beside the residents); never changed in place. None: none did. Not in sessions."""
         self._quotas: tuple[Tensor | None, int, list[int]] | None = None  # of that share and active size
 
     @property
@@ -148,6 +154,33 @@ class TieredLayer(SparseLayer):
         noted = self.attended_passive
         self.attended_passive = new if noted is None else np.concatenate([noted, new], axis=1)
 
+    def count_recalls(self, segment: Ints, columns: Ints) -> Ints:
+        """Add one to `recalls` of passive entries, each given once. Returns what they have now [N]."""
+        known = self._recalls_of_all()
+        counts = np.minimum(known[segment, columns] + 1, _MOST_RECALLS)
+        known[segment, columns] = counts
+        self.recalls = known
+        return counts
+
+    def put_recalls(self, recalls: Ints, first: int, shift: int) -> None:
+        """Take over another layer's `recalls` for the segments from `first` on, columns moved by `shift`."""
+        known, (n, width) = self._recalls_of_all(), recalls.shape
+        known[first : first + n, shift : shift + width] = recalls
+        self.recalls = known
+
+    def _recalls_of_all(self) -> Ints:
+        """A copy of `recalls` for all segments and columns there are."""
+        known = np.zeros((len(self.store.counts), self.store.seen), np.int8)
+        if self.recalls is not None:
+            known[:, : self.recalls.shape[1]] = self.recalls
+        return known
+
+    def forget_recalls(self, segment: Ints, columns: Ints) -> None:
+        """Entries became resident: if they leave again, they start anew."""
+        if self.recalls is not None:
+            self.recalls = self.recalls.copy()
+            self.recalls[segment, columns] = 0
+
     def _stored_mask(self, kept: Tensor) -> Bools:
         """[N]: `kept` by column, read for every stored entry."""
         heads, residents = self.n_kv_heads, Residents(self.store)
@@ -188,6 +221,9 @@ class TieredLayer(SparseLayer):
         self.attended_passive = None
         if self.share is not None:
             self.share = self.share.view(-1, self.n_kv_heads)[rows.cpu()].flatten()
+        if self.recalls is not None:
+            by_row = self.recalls.reshape(-1, self.n_kv_heads, self.recalls.shape[1])
+            self.recalls = by_row[rows.cpu().numpy()].reshape(-1, self.recalls.shape[1])
 
     def crop(self, max_length: int) -> None:
         """Forget the newest tokens, down to `max_length` tokens seen (negative: that many fewer), in both tiers."""
@@ -197,19 +233,21 @@ class TieredLayer(SparseLayer):
         super().crop(length)
         self.tiers.store.crop(length)
         self.attended_passive = None
+        if self.recalls is not None:
+            self.recalls = self.recalls[:, :length]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.share = self.attended_passive = None
+        self.share = self.attended_passive = self.recalls = None
         self.asked_at = 0
 
     def snapshot(self) -> Any:
         """The present state of the residents."""
-        return super().snapshot(), self.share, self.asked_at
+        return super().snapshot(), self.share, self.asked_at, self.recalls
 
     def restore(self, state: Any) -> None:
         """Back to a snapshot."""
-        inner, self.share, self.asked_at = state
+        inner, self.share, self.asked_at, self.recalls = state
         super().restore(inner)
         self.attended_passive = None
