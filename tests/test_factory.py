@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -191,6 +193,61 @@ def test_atskv_evicts_by_rounds_as_compress_does(features, tiered):
     if not tiered:
         cache = compress(model, ids[:, :T], "atskv", 40, phase="both", every=4, tokenizer=toy_tokenizer())
         assert torch.equal(stepped_logits(model, cache, ids, None, [1] * 20), logits)
+
+
+@pytest.mark.parametrize("every", [1, 8, 64])
+@pytest.mark.parametrize(
+    "method", [{"target": 0.2}, {"max_bytes": 10**7}, {"threshold": -100.0}, {"name": "sink_recent"}]
+)
+def test_the_active_size_holds_where_a_method_s_own_size_is_larger(method, every):
+    model = prepare(tiny_model("llama"))
+    attach_relevance(model, RelevanceConfig(width=8))
+    method = {"name": "atskv", **method}
+    own = {"n_sink": 8, "n_recent": 60} if method["name"] == "sink_recent" else {}
+    cache = make_cache(
+        make_policy(method.pop("name"), **method, **own), model, active=20, passive="cpu", every=every
+    )
+    ids = some_ids(T + 40)
+    with torch.no_grad():
+        for start, end in pairwise([0, T - 20, *range(T - 19, T), *range(T, T + 41, 10)]):
+            model(input_ids=ids[:, start:end], past_key_values=cache)
+            if start:
+                assert float(cache.stored_counts().double().mean()) <= 20 + end - start
+    assert int((cache.stored_counts() + cache.passive_counts()).min()) == T + 40
+
+
+@pytest.mark.parametrize("tiered", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_cache_that_was_reset_evicts_by_the_text_again(tiered, broken, monkeypatch):
+    model, tokenizer = prepare(tiny_model("llama")), toy_tokenizer()
+    ids = tokenizer("One. Two, three; four! Five? six: seven. " * 4, return_tensors="pt").input_ids
+    options = {"passive": "cpu", "active": 80} if tiered else {}
+    made = [
+        make_cache("anchors", model, 64, tokenizer=tokenizer, every=8, sink_size=4, recent_size=8, **options)
+        for _ in range(2)
+    ]
+    expected = generated_from(model, made[0], ids)
+    if broken:
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(model.model.layers[1].mlp, "forward", fails)
+            generated_from(model, made[1], ids)
+    else:
+        generated_from(model, made[1], ids[:, 5:])
+    made[1].reset()
+    assert torch.equal(generated_from(model, made[1], ids), expected)
+    assert torch.equal(made[0].kept_columns(), made[1].kept_columns())
+    made[1].ids = None
+    with pytest.raises(ConfigError, match="'anchors' looks at the text, which this cache was not told of"):
+        stepped_logits(model, made[1], torch.cat([expected, ids], dim=1), None, [1] * 9)
+
+
+def generated_from(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+
+
+def fails(*_):
+    raise MemoryError
 
 
 def test_a_folder_is_free_after_a_cache_was_refused(tmp_path):

@@ -84,6 +84,10 @@ class TokenEviction:
             self._context = TokenContext.of_model(
                 cache.config, blank, tokenizer=cache.tokenizer, seeds=cache.seeds
             )
+        if cache.ids is None and self.policy.needs_ids:
+            raise ConfigError(
+                f"method {self.policy.name!r} looks at the text, which this cache was not told of"
+            )
         ids = columns if cache.ids is None else cache.ids[row].to(columns.device).long()[columns]
         seed = cache.seeds[row] if cache.seeds else 0
         budget = stored_budget(self.budget, n_seen, len(columns))

@@ -103,12 +103,38 @@ def test_an_entry_that_is_recalled_often_moves_in_for_the_weakest(recall):
 
 def test_entries_that_do_not_matter_stay_where_they_are_however_often_they_are_recalled():
     """All that is passive is recalled at every step, and weighs what the residents weigh."""
-    cache, _ = planted_cache(active=40, recall_tokens=100)
+    cache, _ = planted_cache(active=22, recall_tokens=100)  # without a free place once they were counted
     before = residents(cache)
-    for _ in range(2 * OFTEN):
+    for _ in range(OFTEN + 2):
         step(cache, torch.zeros(D))
     for columns, old in zip(residents(cache), before, strict=True):
-        assert columns == old + list(range(T, T + 2 * OFTEN))
+        assert columns == old + list(range(T, T + OFTEN + 2))
+
+
+def test_an_entry_that_is_recalled_often_takes_a_free_place_first():
+    cache, needle = planted_cache(active=60, recall_tokens=1)
+    for _ in range(OFTEN):
+        step(cache, needle)
+    for columns in residents(cache):
+        assert PLANTED in columns and len(columns) == 16 + OFTEN + 1, "nobody left for it"
+    assert cache.passive_counts().unique().tolist() == [47]
+
+
+def test_a_step_that_breaks_off_counts_once(monkeypatch):
+    cache, needle = planted_cache(active=20, recall_tokens=1)
+    for _ in range(OFTEN - 1):
+        step(cache, needle)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="full"):
+        patched.setattr(cache.tiers.store, "put_layer", full)
+        step(cache, needle)
+    cache.crop(T + OFTEN - 1)
+    assert (cache.layers[0].recalls[:, PLANTED] == OFTEN - 1).all()
+    step(cache, needle)
+    assert all(PLANTED in columns for columns in residents(cache))
+
+
+def full(*_):
+    raise ConfigError("the folder is full")
 
 
 def test_later_only_looks_count():
@@ -142,6 +168,8 @@ def test_what_is_counted_goes_with_crops_snapshots_rows_and_forks():
     cache.restore(state)
     step(cache, needle)
     assert not any(PLANTED in columns for columns in residents(cache))
+    cache.crop(0)
+    cache.batch_repeat_interleave(2)
     cache.reset()
     assert cache.layers[0].recalls is None
 

@@ -16,6 +16,7 @@ from filelock import FileLock
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged, SmallKeys
 from sparsekv.attention import prepare
+from sparsekv.cache.join import join
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.errors import ConfigError
 from sparsekv.generation import compress
@@ -236,6 +237,18 @@ def test_whatever_ends_a_writing_leaves_no_files_of_it(tmp_path, monkeypatch, er
         cache.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert TieredCache.load(tmp_path, model).seen == T
+
+
+def test_rows_of_a_joined_session_keep_their_active_sizes(tmp_path):
+    model, ids = prepare(tiny_model("llama")), some_ids()
+    parts = [
+        compress(model, ids[:, :T], Ends(), 0.5, cache=TieredCache(model, active)) for active in (10, 25)
+    ]
+    joined = join(parts)
+    joined.save(tmp_path)
+    for cache in (joined, TieredCache.load(tmp_path, model)):
+        with pytest.raises(ConfigError, match="rows whose active sizes differ, so it can't be compressed"):
+            compress(model, ids.expand(2, -1), Ends(), 0.5, cache=cache)
 
 
 def test_files_of_a_cache_that_is_dropped_are_closed(tmp_path):

@@ -333,3 +333,25 @@ def test_numbers_that_are_none_are_not_handed_over():
     with pytest.raises(ConfigError, match="layer 1 computed keys or values that are NaN"):
         compress(model, ids[:, :T], Ends(), 0.8, cache=cache)
     assert cache.tiers.counts(1, 1, 2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("active", [17, 24, 32])
+def test_a_padded_row_is_evicted_from_as_alone(active):
+    """Also where the reader leaves it to a policy that is about to evict: by the row's own tokens and sizes."""
+    model, n_pads, n_read = prepare(tiny_model("llama")), 20, 62
+    ids = torch.randint(3, 250, (2, n_read + 30), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[0, :n_pads] = 0
+
+    def made(start: int, rows: int) -> TieredCache:
+        cache = TieredCache(model, active, recall_tokens=0)
+        given, seen = ids[:rows, start:n_read], mask[:rows, start:n_read]
+        return compress(model, given, "knorm", 0.6, attention_mask=seen, phase="both", every=1, cache=cache)
+
+    both, alone = made(0, 2), made(n_pads, 1)
+    with torch.no_grad():
+        for at in range(n_read, n_read + 30):
+            padded = model(ids[:, [at]], past_key_values=both, attention_mask=mask[:, : at + 1]).logits[0]
+            own = model(ids[:1, [at]], past_key_values=alone).logits[0]
+            assert (padded - own).abs().max() <= 1e-4
+    assert torch.equal(both.kept_columns()[0, ..., n_pads:], alone.kept_columns()[0])

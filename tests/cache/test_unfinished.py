@@ -63,6 +63,25 @@ def test_a_passive_tier_that_fails_leaves_no_cache_that_goes_on_by_itself(monkey
     assert layer > 0 or torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_same_generate_again_says_what_happened(monkeypatch, family, layer):
+    """`generate` would cut off the tokens that layer 0 has, and have nothing left to give."""
+    model, ids = prepare(tiny_model(family)), some_ids()
+    cache, twin = (compress(model, ids[:, :T], "full", cache=TieredCache(model, 1000)) for _ in range(2))
+    before = cache.snapshot()
+    use = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with monkeypatch.context() as patched:
+        breaks_at(patched, model.get_decoder().layers[layer].mlp, "forward")
+        with pytest.raises(ConfigError, match="no space left"):
+            model.generate(ids, past_key_values=cache, **use)
+    with pytest.raises(ConfigError, match=rf"broke off.*crop\({T}\) it"):
+        model.generate(ids, past_key_values=cache, **use)
+    cache.restore(before)
+    found, expected = (model.generate(ids, past_key_values=one, **use) for one in (cache, twin))
+    assert torch.equal(found, expected)
+
+
 def test_cropping_takes_back_what_an_eviction_remembers(monkeypatch):
     """Text, hidden states and counters are those of the tokens that stay."""
     model, ids = prepare(tiny_model("llama")), some_ids()
@@ -82,6 +101,18 @@ def test_cropping_takes_back_what_an_eviction_remembers(monkeypatch):
                 assert torch.equal(one, other)
         assert caches[0].decode.since == caches[1].decode.since
         assert method == "snapkv" or torch.equal(caches[0].ids, caches[1].ids)
+
+
+def test_a_window_that_was_not_reached_needs_no_cropping(monkeypatch):
+    model, ids = prepare(tiny_model("gemma3")), some_ids()
+    cache, twin = (compress(model, ids[:, :T], "sink_recent", 20) for _ in range(2))
+    with monkeypatch.context() as patched:
+        breaks_at(patched, model.get_decoder().layers[0].mlp, "forward")
+        with pytest.raises(ConfigError, match="no space left"):
+            stepped_logits(model, cache, ids, None, [Q])
+    cache.crop(T)
+    logits, expected = (stepped_logits(model, each, ids, None, [Q]) for each in (cache, twin))
+    assert torch.equal(logits, expected)
 
 
 def test_restoring_a_snapshot_repairs_too_also_where_a_window_has_moved_on(monkeypatch):

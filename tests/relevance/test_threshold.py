@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import keep_top
 from sparsekv.policies.budget import Budget
-from sparsekv.relevance.threshold import ByQuantile, ThresholdController, keep_above_quantile
+from sparsekv.relevance.threshold import ALWAYS, ByQuantile, ThresholdController, keep_above_quantile
 
 L, H = 3, 2
 
@@ -145,6 +145,23 @@ def test_beta_moves_a_layers_threshold_by_hand():
     torch.testing.assert_close(ranked.thresholds(2, betas=(1.0, 2.0)), tau)
     # r > tau, but for the equals on the threshold, which age decides
     assert (r[kept[1][0]].exp() > tau[1]).all() and not (r[~kept[1][0]].exp() > tau[1] + 1e-6).any()
+
+
+def test_thresholds_are_those_that_decided_also_where_a_beta_is_below_one():
+    """r / beta passes 1 there; and where only what always stays is left, nothing else can pass."""
+    draw = torch.Generator().manual_seed(0)
+    r = 0.8 + 0.2 * torch.rand(2, 20, generator=draw)
+    controller = ThresholdController(Budget(compression_ratio=0.5), betas=(0.5, 0.52))
+    kept = controller.cut([[layer.log()] for layer in r], 20)
+    for layer, (stays,), tau in zip(r, kept, controller.thresholds(2), strict=True):
+        others = layer < layer.max()  # the best of a head stays in any case
+        assert (layer[stays & others] > tau - 1e-6).all() and (layer[~stays] <= tau + 1e-6).all()
+    assert kept[0][0].sum() > 10 > kept[1][0].sum() > 1
+    always = torch.tensor([-0.1, ALWAYS, ALWAYS + 1])
+    controller.cut([[always], [always]], 3)
+    controller.budget = Budget(tokens=1)
+    controller.cut([[always], [always]], 3)
+    assert controller.thresholds(2).isinf().all()
 
 
 def test_bytes_and_entries_both_limit():

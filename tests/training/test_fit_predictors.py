@@ -18,6 +18,7 @@ from sparsekv.relevance.predictor import served_of
 from sparsekv.training.checkpoints import list_checkpoints, seal
 from sparsekv.training.fit import run_fit
 from sparsekv.training.fit_config import FitConfig, load_fit_config
+from sparsekv.training.fit_report import at_percent
 from training.fit_runs import rows_of
 
 Make = Callable[..., FitConfig]
@@ -93,6 +94,14 @@ def test_zero_is_where_the_ratio_to_serve_is_on_held_out_contexts(fit_run: Make)
         )
         assert found.report["quantiles"][str(round(100 * ratio))] == 0.0
         assert found.report["quantiles"]["0"] < 0 < found.report["quantiles"]["100"]
+
+
+def test_a_ratio_between_whole_percents_is_served_as_such() -> None:
+    known = {str(percent): float(percent**2) for percent in range(101)}
+    assert at_percent(known, 70.0) == 4900
+    assert at_percent(known, 70.5) == (4900 + 5041) / 2
+    assert 9801 < at_percent(known, 99.5) < 10_000, "not the greatest score: something stays"
+    assert at_percent(known, 0.0) == 0 and at_percent(known, 100.0) == 10_000
 
 
 # ---- end to end --------------------------------------------------------------------------------------------------

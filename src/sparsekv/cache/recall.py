@@ -13,7 +13,7 @@ tensors where the model is; what is decided by them (a few numbers per entry) is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,15 +54,32 @@ OFTEN = 4
 
 
 @dataclass(frozen=True)
+class _Places:
+    """Places free for recalled entries: of each segment [S], and of each row's heads together [B]."""
+
+    of_segment: Ints
+    of_row: Ints
+
+    def fill(self, wanted: Ints) -> Ints:
+        """[S]: how many of the `wanted` entries [S] find a place; none of a row where they don't all fit."""
+        fill = np.minimum(self.of_segment, wanted)
+        rows = (len(self.of_row), -1)
+        fits = fill.reshape(rows).sum(axis=1) <= self.of_row
+        return np.asarray(fill * fits.repeat(len(fill) // max(len(fits), 1)))
+
+
+@dataclass(frozen=True)
 class _Plan:
     """How many entries a forward may move, int64 [S] each.
 
-    quotas : residents that there may be; fill : places free for recalled entries; over : residents too many;
-    passive : entries in the passive tier; asked : passive entries to look at (0 everywhere: none are).
-    least [S, 1] : the share from which on an exchange is worth it; looks : whether this forward counts as a look.
+    quotas : residents that there may be; places : those free for recalled entries; fill : how many of these are to be
+    used; over : residents too many; passive : entries in the passive tier; asked : passive entries to look at (0
+    everywhere: none are). least [S, 1] : the share from which on an exchange is worth it; looks : whether this forward
+    counts as a look.
     """
 
     quotas: Ints
+    places: _Places
     fill: Ints
     over: Ints
     passive: Ints
@@ -114,7 +131,12 @@ class TieredReader:
         newest = block(first, n_query, None if real is None else torch.from_numpy(real[:, first - n_query :]))
         newest.put_beside(self._candidates(tiered, newest, plan))
         self._check_finite(newest)
-        offered, moves = self._offered(tiered, newest, plan), None
+        offered, matters, moves = None, None, None
+        if self.tiers.recall_tokens is None:
+            offered = self._offered(newest)
+        elif newest.entries is not None and plan.looks:
+            offered, matters, fill = self._offered_often(tiered, newest, newest.entries, plan)
+            plan = replace(plan, fill=fill)
         if plan.over.any() or (offered is not None and (plan.fill.any() or (offered > plan.least).any())):
             residents = Residents(tiered.store, real)
             moves = self._exchange(newest, residents, offered, plan, n_query)
@@ -133,6 +155,10 @@ class TieredReader:
             parts.append(older.output())
         parts.append(newest.output())
         self._carry_out(tiered, moves, coming, newest.entries)
+        if newest.entries is not None and matters is not None:
+            stays = matters if coming is None else matters & ~coming.valid
+            segment, place = np.nonzero(stays)
+            tiered.count_recalls(segment, newest.entries.columns[segment, place])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def fresh(self) -> TieredReader:
@@ -163,14 +189,16 @@ class TieredReader:
         limit, looks = tiers.recall_tokens, self._looks(layer, n_query)
         if limit is None and not looks and not full_rows.any() and (spare <= 0).all():
             return None
-        deferred = tiers.leaves_it_to_policy(self.index, n_query, store.seen, int(quotas.min()))
-        full = full_rows.repeat(rows[1]) & (not deferred)
-        over, fill = np.where(full, (-spare).clip(min=0), 0), np.zeros_like(sizes)
+        real_seen = np.full(rows[0], store.seen) if real is None else real.sum(axis=1)
+        by_policy = tiers.leaves_it_to_policy(
+            self.index, n_query, real_seen, quotas.reshape(rows).min(axis=1)
+        )
+        deferred = by_policy.repeat(rows[1])
+        full = full_rows.repeat(rows[1]) & ~deferred
+        over = np.where(full, (-spare).clip(min=0), 0)
         waiting = tiers.counts(self.index, *rows).numpy()
-        if limit is None and not deferred and (spare > 0).any():
-            fill = np.where(full, 0, np.minimum(spare.clip(min=0), waiting))
-            fits = fill.reshape(rows).sum(axis=1) <= free
-            fill = fill * fits.repeat(rows[1])
+        places = _Places(np.where(full | deferred, 0, spare.clip(min=0)), free)
+        fill = places.fill(waiting) if limit is None else np.zeros_like(sizes)
         least = LEAST / sizes.clip(min=1)[:, None]
         if limit is not None:
             asked = waiting.clip(max=limit)
@@ -184,7 +212,7 @@ class TieredReader:
             )
         if not (asked.any() or over.any()):
             return None
-        return _Plan(quotas, fill, over, waiting, asked, least, looks)
+        return _Plan(quotas, places, fill, over, waiting, asked, least, looks)
 
     def _looks(self, layer: TieredLayer, n_query: int) -> bool:
         """Whether this forward looks for passive entries that matter, though nothing else makes a new buffer."""
@@ -228,19 +256,33 @@ class TieredReader:
 
     # ---- who comes and who leaves -------------------------------------------------------------------------------
 
-    def _offered(self, layer: TieredLayer, block: Block, plan: _Plan) -> Floats | None:
+    def _offered(self, block: Block) -> Floats | None:
         """[S, R]: the shares of candidates that may become residents, -1 where there is none; None if none may."""
-        beside, limited = block.entries, self.tiers.recall_tokens is not None
-        if beside is None or (limited and not plan.looks):
+        if block.entries is None:
             return None
-        share = _numbers(block.shares_beside())
-        if not limited:
-            return np.where(beside.valid, share, -1)
-        segment, place = np.nonzero(beside.valid & (share > plan.least))
-        often = layer.count_recalls(segment, beside.columns[segment, place]) >= OFTEN
-        offered = np.full_like(share, -1)
-        offered[segment[often], place[often]] = share[segment[often], place[often]]
-        return offered
+        return np.where(block.entries.valid, _numbers(block.shares_beside()), -1)
+
+    def _offered_often(
+        self, layer: TieredLayer, block: Block, beside: Beside, plan: _Plan
+    ) -> tuple[Floats, Bools, Ints]:
+        """Where recalled entries are seen beside the residents: as `_offered`, of those that are recalled often; which
+        of all matter now [S, R]; and how many free places are filled [S].
+
+        The heads of a row fill equally many, so that equal heads stay equal: where one has fewer that are recalled
+        often, its best others come, too.
+        """
+        share = np.where(beside.valid, _numbers(block.shares_beside()), -1)
+        matters = share > plan.least
+        segment, place = np.nonzero(matters)
+        often = np.zeros_like(matters)
+        often[segment, place] = layer.recalls_of(segment, beside.columns[segment, place]) >= OFTEN - 1
+        n_often, rows = often.sum(axis=1), (layer.batch, layer.n_kv_heads)
+        possible = plan.places.fill(beside.valid.sum(axis=1)).reshape(rows).min(axis=1)
+        fill = np.minimum(possible, n_often.reshape(rows).max(axis=1)).repeat(rows[1])
+        others = _order(np.where(often, np.inf, -share))
+        wanted = np.arange(share.shape[1]) < (fill - n_often).clip(min=0)[:, None]
+        offered = np.where(often | _marked(others, wanted), share, -1)
+        return offered, matters, fill
 
     def _exchange(
         self, block: Block, residents: Residents, offered: Floats | None, plan: _Plan, n_query: int

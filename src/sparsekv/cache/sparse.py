@@ -82,7 +82,20 @@ class SparseCache(Cache):
     @property
     def seen(self) -> int:
         """Columns (tokens, padding included) that the cache has seen."""
-        return self.get_seq_length()
+        return super().get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen. `generate` asks before it cuts off what the cache has seen.
+
+        Raises
+        ------
+        ConfigError
+            If an earlier forward broke off: its tokens are in some layers, and would not be given again.
+        """
+        seen = super().get_seq_length(layer_idx)
+        if self.unfinished is not None and seen != self.unfinished.seen:
+            check_finished(self)
+        return seen
 
     @property
     def batch(self) -> int:
@@ -407,7 +420,11 @@ class SparseCache(Cache):
                 self.layers[index] = WindowLayer(layer.sliding_window)
             else:
                 layer.reset()
-        self.real = self.ids = self.unfinished = None
+        self.real = self.unfinished = None
+        if self.ids is not None:  # it follows the text, from the first token on
+            self.ids = self.ids.new_zeros(0)
+        if self.decode is not None:
+            self.decode.since = {}
 
 
 def require_sparse(layer: CacheLayerMixin) -> SparseLayer:

@@ -154,13 +154,19 @@ class TieredLayer(SparseLayer):
         noted = self.attended_passive
         self.attended_passive = new if noted is None else np.concatenate([noted, new], axis=1)
 
-    def count_recalls(self, segment: Ints, columns: Ints) -> Ints:
-        """Add one to `recalls` of passive entries, each given once. Returns what they have now [N]."""
+    def recalls_of(self, segment: Ints, columns: Ints) -> Ints:
+        """`recalls` of some entries [N]."""
+        found = np.zeros(len(columns), np.int8)
+        if self.recalls is not None:
+            known = columns < self.recalls.shape[1]
+            found[known] = self.recalls[segment[known], columns[known]]
+        return found
+
+    def count_recalls(self, segment: Ints, columns: Ints) -> None:
+        """Add one to `recalls` of passive entries, each given once."""
         known = self._recalls_of_all()
-        counts = np.minimum(known[segment, columns] + 1, _MOST_RECALLS)
-        known[segment, columns] = counts
+        known[segment, columns] = np.minimum(known[segment, columns] + 1, _MOST_RECALLS)
         self.recalls = known
-        return counts
 
     def put_recalls(self, recalls: Ints, first: int, shift: int) -> None:
         """Take over another layer's `recalls` for the segments from `first` on, columns moved by `shift`."""
@@ -222,8 +228,9 @@ class TieredLayer(SparseLayer):
         if self.share is not None:
             self.share = self.share.view(-1, self.n_kv_heads)[rows.cpu()].flatten()
         if self.recalls is not None:
-            by_row = self.recalls.reshape(-1, self.n_kv_heads, self.recalls.shape[1])
-            self.recalls = by_row[rows.cpu().numpy()].reshape(-1, self.recalls.shape[1])
+            heads = np.arange(self.n_kv_heads)
+            segments = rows.cpu().numpy()[:, None] * self.n_kv_heads + heads
+            self.recalls = self.recalls[segments.reshape(-1)]
 
     def crop(self, max_length: int) -> None:
         """Forget the newest tokens, down to `max_length` tokens seen (negative: that many fewer), in both tiers."""

@@ -74,14 +74,18 @@ class Tiers:
         known = self.real[:, :seen].cpu().numpy()
         return padded(known, (known.shape[0], seen), True)
 
-    def leaves_it_to_policy(self, layer: int, n_query: int, seen: int, quota: int) -> bool:
-        """Whether the policy is about to bring a layer within `quota` itself, right after this forward's attention."""
-        if self.held:
-            return True
+    def leaves_it_to_policy(self, layer: int, n_query: int, seen: Ints, quotas: Ints) -> Bools:
+        """[B]: rows that the policy is about to bring within their quotas itself, right after this forward's attention.
+
+        `seen` [B] tokens without padding, `quotas` [B] the smallest of a row's kv heads. A policy whose size is its own
+        (no budget) may leave more than the quotas, so they hold without it.
+        """
         decode = self.decode
-        if decode is None or decode.since.get(layer, 0) + n_query < decode.every:
-            return False
-        return not decode.budget.given or decode.budget.n_kept(seen) <= quota
+        if self.held or decode is None or not decode.budget.given:
+            return np.full(len(seen), self.held)
+        due = decode.since.get(layer, 0) + n_query >= decode.every
+        allowed = np.array([decode.budget.n_kept(max(int(n), 1)) for n in seen])
+        return np.asarray(due & (allowed <= quotas))
 
     def observed(self, n_query: int) -> int:
         """Newest tokens whose entries have to be resident when a policy scores: its observation window.

@@ -26,6 +26,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
         keys, values = self.keys, self.values
         return (torch.empty(0), torch.empty(0)) if keys is None or values is None else (keys, values)
 
+    def crop(self, max_length: int) -> None:
+        """Forget the newest tokens. A window that a forward did not reach, before it broke off, stays as it is."""
+        if max_length < 0 or max_length < self.cumulative_length:
+            super().crop(max_length)
+
     def snapshot(self) -> Any:
         """References suffice: an update makes new tensors."""
         return self.is_initialized, self.keys, self.values, self.cumulative_length

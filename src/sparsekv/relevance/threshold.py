@@ -28,6 +28,9 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.choosing import AcrossLayers
 
+ALWAYS = 1e6
+"""What always stays has a log relevance of so much or more: above all others."""
+
 Segments = Sequence[Sequence[Tensor]]
 """Scores of one row: layer -> kv head -> log r, FloatTensor [n], oldest entry first. n may differ."""
 
@@ -209,11 +212,13 @@ class ThresholdController:
     def thresholds(self, n_layers: int, row: int = 0, betas: Sequence[float] = ()) -> Tensor:
         """FloatTensor [L]: tau_l = beta_l * quantile of the last round, in units of r; 0 before any.
 
+        Infinite where nothing is left but what always stays.
+
         `betas`: those that the scores had in them already (`ATSKV.ranked`), where the controller has none.
         """
         state = self.rows.get(row, RowState())
         factors = torch.tensor(self.betas or tuple(betas) or (1.0,) * n_layers)
-        return factors * math.exp(min(state.log_quantile, 0.0))
+        return factors * (math.exp(state.log_quantile) if state.log_quantile < ALWAYS else math.inf)
 
     # ---- state ------------------------------------------------------------------------------------------------
 

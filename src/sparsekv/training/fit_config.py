@@ -39,8 +39,8 @@ class PredictorOptions(Strict):
     features : what it reads: "hidden" (the hidden state), "attention", "handcrafted"
     bias : where the scores start, for "end_to_end"; a regression starts at the mean of its first targets
     n_sink, n_recent : first and last entries of a context that always stay; nothing is fitted on them
-    serve_ratio : the fraction REMOVED, over held-out contexts and the whole model, where g = 0: what the method
-        `relevance` evicts without a budget. For "regression"; "end_to_end" holds its own budget.
+    serve_ratio : the fraction REMOVED, of what may leave of held-out contexts, over the whole model, where g = 0: what
+        the method `relevance` evicts without a budget. For "regression"; "end_to_end" holds its own budget.
     """
 
     width: int = Field(default=0, ge=0)

@@ -90,12 +90,19 @@ def quantiles(scores: list[Tensor]) -> dict[str, float]:
     return {str(percent): float(value) for percent, value in enumerate(ordered[places])}
 
 
+def at_percent(known: dict[str, float], percent: float) -> float:
+    """The quantile at any percent in [0, 100], between those of `quantiles`."""
+    below = min(int(percent), 99)
+    low, high = known[str(below)], known[str(below + 1)]
+    return low + (percent - below) * (high - low)
+
+
 def center(model: Any, config: FitConfig, report: dict[str, Any]) -> None:
     """Shift all scores alike so that g = 0 at the config's serve_ratio, and say so to whoever serves them.
 
     The order of entries stays. r = sigmoid(g) is one half then where an entry just stays without a budget.
     """
-    threshold = report["quantiles"][str(round(100 * config.predictor.serve_ratio))]
+    threshold = at_percent(report["quantiles"], 100 * config.predictor.serve_ratio)
     with torch.no_grad():
         for module in relevance_modules(model).values():
             predictor: Any = getattr(module, NAME)
