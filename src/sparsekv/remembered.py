@@ -61,6 +61,11 @@ class Rounds:
         # of this forward: row -> layer -> kv head -> log r of what is stored, or what the threshold keeps of it
         self._found: dict[int, dict[int, list[Tensor]]] = {}
 
+    def reset(self) -> None:
+        """Forget what earlier rounds decided."""
+        if self.controller is not None:
+            self.controller.rows = {}
+
     def after_layer(
         self,
         cache: SparseCache,

@@ -213,6 +213,15 @@ def test_joined_tiers_lose_and_double_nothing():
 
 def test_rows_with_active_sizes_of_their_own_are_not_compressed_again():
     model, longer = tiny_model("llama"), ids(64, 3).expand(2, -1)
+    whole = join([join([tiered(model, 60, n, n, None) for n in (10, 25)]), tiered(model, 60, 2, 25, None)])
+    one = join([tiered(model, 60, n, n, None) for n in (10, 25)])
+    one.batch_select_indices(torch.tensor([0]))
+    for cache in (whole, one.fork([one.selection()])):
+        rows = longer[:1].expand(cache.batch, -1)
+        with pytest.raises(ConfigError, match="rows whose active sizes differ"):
+            compress(model, rows, make_policy("sink_recent"), 20, cache=cache)
+    whole.reset()
+    compress(model, longer, make_policy("sink_recent"), 20, cache=whole)
     uneven, alike = (join([tiered(model, 60, 1, 20, None), tiered(model, 60, 2, n, None)]) for n in (9, 20))
     with pytest.raises(ConfigError, match="active sizes differ"):
         compress(model, longer, make_policy("sink_recent"), 20, cache=uneven)

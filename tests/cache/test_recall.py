@@ -120,6 +120,18 @@ def test_an_entry_that_is_recalled_often_takes_a_free_place_first():
     assert cache.passive_counts().unique().tolist() == [47]
 
 
+def test_a_head_with_a_size_of_its_own_does_not_wait_for_a_full_one():
+    cache, needle = planted_cache(active=40, recall_tokens=8)
+    cache.layers[0].share = torch.tensor([1.6, 0.4])
+    assert cache.layers[0].quotas() == [64, 16]
+    for _ in range(OFTEN):
+        step(cache, needle)
+    roomy, full = residents(cache)
+    assert PLANTED in roomy and PLANTED in full
+    assert set(range(4)) | set(range(T - 12, T + OFTEN)) <= set(roomy), "nobody left for it"
+    assert len(full) <= 24
+
+
 def test_a_step_that_breaks_off_counts_once(monkeypatch):
     cache, needle = planted_cache(active=20, recall_tokens=1)
     for _ in range(OFTEN - 1):

@@ -12,6 +12,7 @@ from sparsekv.cache.sparse import SparseCache
 from sparsekv.cache.tiered import TieredCache
 from sparsekv.cache.tiers import all_finite
 from sparsekv.errors import ConfigError
+from sparsekv.factory import make_cache
 from sparsekv.generation import compress
 from sparsekv.policies import make_policy
 from toy import tiny_model
@@ -339,7 +340,8 @@ def test_numbers_that_are_none_are_not_handed_over():
 def test_a_padded_row_is_evicted_from_as_alone(active):
     """Also where the reader leaves it to a policy that is about to evict: by the row's own tokens and sizes."""
     model, n_pads, n_read = prepare(tiny_model("llama")), 20, 62
-    ids = torch.randint(3, 250, (2, n_read + 30), generator=torch.Generator().manual_seed(5))
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.stack([3 + torch.randperm(250, generator=draw)[: n_read + 30] for _ in range(2)])  # no ties
     mask = torch.ones_like(ids)
     mask[0, :n_pads] = 0
 
@@ -355,3 +357,19 @@ def test_a_padded_row_is_evicted_from_as_alone(active):
             own = model(ids[:1, [at]], past_key_values=alone).logits[0]
             assert (padded - own).abs().max() <= 1e-4
     assert torch.equal(both.kept_columns()[0, ..., n_pads:], alone.kept_columns()[0])
+
+
+@pytest.mark.parametrize("recall", [2, 6, 16, 0])
+@pytest.mark.parametrize(("method", "every"), [("knorm", 2), ("knorm", 3), ("random", 3), ("knorm", 1)])
+def test_entries_that_left_since_the_last_look_may_come_back(method, every, recall):
+    """Where places are free, a candidate may be newer than all that was ever counted."""
+    model = prepare(tiny_model("llama"))
+    for seed in range(4):
+        ids = torch.randint(3, 250, (1, 90), generator=torch.Generator().manual_seed(seed))
+        cache = make_cache(method, model, 20, active=40, passive="cpu", recall_tokens=recall, every=every)
+        with torch.no_grad():
+            model(ids[:, :40], past_key_values=cache)
+            for at in range(40, 90):
+                model(ids[:, [at]], past_key_values=cache)
+                assert cache.stored_counts()[:, 0].float().std(dim=-1).max() == 0, "equal heads stay equal"
+        assert (cache.stored_counts() + cache.passive_counts() == 90).all()

@@ -65,10 +65,16 @@ def test_a_passive_tier_that_fails_leaves_no_cache_that_goes_on_by_itself(monkey
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_same_generate_again_says_what_happened(monkeypatch, family, layer):
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_same_generate_again_says_what_happened(monkeypatch, family, layer, prepared):
     """`generate` would cut off the tokens that layer 0 has, and have nothing left to give."""
-    model, ids = prepare(tiny_model(family)), some_ids()
-    cache, twin = (compress(model, ids[:, :T], "full", cache=TieredCache(model, 1000)) for _ in range(2))
+    model, ids = tiny_model(family), some_ids()
+    cache, twin = SparseCache(model.config), SparseCache(model.config)
+    if prepared:
+        cache, twin = (compress(model, ids[:, :T], "full", cache=TieredCache(model, 1000)) for _ in range(2))
+    else:
+        for one in (cache, twin):
+            model(ids[:, :T], past_key_values=one)
     before = cache.snapshot()
     use = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     with monkeypatch.context() as patched:
@@ -101,6 +107,21 @@ def test_cropping_takes_back_what_an_eviction_remembers(monkeypatch):
                 assert torch.equal(one, other)
         assert caches[0].decode.since == caches[1].decode.since
         assert method == "snapkv" or torch.equal(caches[0].ids, caches[1].ids)
+
+
+def test_after_a_reset_nothing_is_left_of_a_reading_that_broke_off(monkeypatch):
+    model, ids = prepare(tiny_model("llama")), some_ids(2)
+    cache = SparseCache(model.config)
+    with monkeypatch.context() as patched:
+        breaks_at(patched, model.model.layers[1].mlp, "forward")
+        with pytest.raises(ConfigError, match="no space left"):
+            compress(model, ids, "random", 20, cache=cache, seeds=(1, 2))
+    cache.reset()
+    assert cache.ids is None and cache.seeds is None
+    use = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **use)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **use), expected)
+    cache.crop(30)
 
 
 def test_a_window_that_was_not_reached_needs_no_cropping(monkeypatch):

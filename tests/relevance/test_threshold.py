@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsekv.errors import ConfigError
 from sparsekv.policies.base import keep_top
 from sparsekv.policies.budget import Budget
-from sparsekv.relevance.threshold import ALWAYS, ByQuantile, ThresholdController, keep_above_quantile
+from sparsekv.relevance.threshold import ByQuantile, ThresholdController, keep_above_quantile
 
 L, H = 3, 2
 
@@ -157,11 +157,11 @@ def test_thresholds_are_those_that_decided_also_where_a_beta_is_below_one():
         others = layer < layer.max()  # the best of a head stays in any case
         assert (layer[stays & others] > tau - 1e-6).all() and (layer[~stays] <= tau + 1e-6).all()
     assert kept[0][0].sum() > 10 > kept[1][0].sum() > 1
-    always = torch.tensor([-0.1, ALWAYS, ALWAYS + 1])
-    controller.cut([[always], [always]], 3)
-    controller.budget = Budget(tokens=1)
-    controller.cut([[always], [always]], 3)
-    assert controller.thresholds(2).isinf().all()
+    always = torch.tensor([-0.1, 1e6, 1e6 + 1])
+    for betas in ((0.5, 0.52), (2.0, 3.0), ()):
+        controller = ThresholdController(Budget(tokens=1), betas=betas)
+        controller.cut([[always], [always]], 3)
+        assert controller.thresholds(2).isinf().all()
 
 
 def test_bytes_and_entries_both_limit():

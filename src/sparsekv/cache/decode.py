@@ -27,3 +27,9 @@ class DecodeEviction:
     every: int = 64
     rounds: Any = None  # `remembered.Rounds`, for policies that remember scores and cut all layers together
     since: dict[int, int] = field(default_factory=dict)  # tokens since the last eviction, per layer
+
+    def reset(self) -> None:
+        """Forget what was evicted: the cache begins anew."""
+        self.since = {}
+        if self.rounds is not None:
+            self.rounds.reset()

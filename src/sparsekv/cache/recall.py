@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparsekv.cache.attend import attend_stored, tail_mask
 from sparsekv.cache.entry_request import NONE, Bools, Ints
-from sparsekv.cache.exchange import Residents
+from sparsekv.cache.exchange import Entries, Residents
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.scores import Beside, Block
 from sparsekv.cache.tiered_layer import TieredLayer
@@ -154,11 +154,7 @@ class TieredReader:
                 older.hide(moves.hidden)
             parts.append(older.output())
         parts.append(newest.output())
-        self._carry_out(tiered, moves, coming, newest.entries)
-        if newest.entries is not None and matters is not None:
-            stays = matters if coming is None else matters & ~coming.valid
-            segment, place = np.nonzero(stays)
-            tiered.count_recalls(segment, newest.entries.columns[segment, place])
+        self._carry_out(tiered, moves, coming, newest.entries, matters)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def fresh(self) -> TieredReader:
@@ -187,13 +183,16 @@ class TieredReader:
         full_rows = (free < 0) | (sizes > quotas + LENT).reshape(rows).any(axis=1)
         spare = quotas - slack(quotas) - sizes
         limit, looks = tiers.recall_tokens, self._looks(layer, n_query)
-        if limit is None and not looks and not full_rows.any() and (spare <= 0).all():
+        idle = not full_rows.any() and (limit == 0 or (spare <= 0).all())
+        if idle and (limit == 0 or (limit is None and not looks)):
             return None
-        real_seen = np.full(rows[0], store.seen) if real is None else real.sum(axis=1)
-        by_policy = tiers.leaves_it_to_policy(
-            self.index, n_query, real_seen, quotas.reshape(rows).min(axis=1)
-        )
-        deferred = by_policy.repeat(rows[1])
+        deferred = np.zeros(len(sizes), bool)
+        if not idle:
+            real_seen = np.full(rows[0], store.seen) if real is None else real.sum(axis=1)
+            least_quotas = quotas.reshape(rows).min(axis=1)
+            deferred |= tiers.leaves_it_to_policy(self.index, n_query, real_seen, least_quotas).repeat(
+                rows[1]
+            )
         full = full_rows.repeat(rows[1]) & ~deferred
         over = np.where(full, (-spare).clip(min=0), 0)
         waiting = tiers.counts(self.index, *rows).numpy()
@@ -268,8 +267,8 @@ class TieredReader:
         """Where recalled entries are seen beside the residents: as `_offered`, of those that are recalled often; which
         of all matter now [S, R]; and how many free places are filled [S].
 
-        The heads of a row fill equally many, so that equal heads stay equal: where one has fewer that are recalled
-        often, its best others come, too.
+        Heads of a row that are equal fill equally many, and stay equal: where one has fewer that are recalled often,
+        its best others come, too.
         """
         share = np.where(beside.valid, _numbers(block.shares_beside()), -1)
         matters = share > plan.least
@@ -277,8 +276,11 @@ class TieredReader:
         often = np.zeros_like(matters)
         often[segment, place] = layer.recalls_of(segment, beside.columns[segment, place]) >= OFTEN - 1
         n_often, rows = often.sum(axis=1), (layer.batch, layer.n_kv_heads)
+        of_row = plan.quotas.reshape(rows)
+        equal = (of_row == of_row[:, :1]).all(axis=1).repeat(rows[1])
         possible = plan.places.fill(beside.valid.sum(axis=1)).reshape(rows).min(axis=1)
-        fill = np.minimum(possible, n_often.reshape(rows).max(axis=1)).repeat(rows[1])
+        together = np.minimum(possible, n_often.reshape(rows).max(axis=1)).repeat(rows[1])
+        fill = np.where(equal, together, plan.places.fill(n_often))
         others = _order(np.where(often, np.inf, -share))
         wanted = np.arange(share.shape[1]) < (fill - n_often).clip(min=0)[:, None]
         offered = np.where(often | _marked(others, wanted), share, -1)
@@ -331,16 +333,28 @@ class TieredReader:
         return np.where(residents.padded(residents.alive, False), strength, np.inf)
 
     def _carry_out(
-        self, layer: TieredLayer, moves: _Moves | None, coming: Beside | None, seen: Beside | None
+        self,
+        layer: TieredLayer,
+        moves: _Moves | None,
+        coming: Beside | None,
+        beside: Beside | None,
+        matters: Bools | None,
     ) -> None:
-        """Move what was decided, and note which entries that are passive now this forward attended to."""
-        back = None if coming is None else coming.entries()
-        if seen is not None:
-            stays = seen.valid if coming is None else seen.valid & ~coming.valid
-            segment, place = np.nonzero(stays)
-            layer.note_attended(segment, seen.columns[segment, place])
-        if moves is None:
+        """Move what was decided; then note which entries that are passive now this forward attended to, and count those
+        that mattered.
+        """
+        if moves is not None:
+            self._move(layer, moves, None if coming is None else coming.entries())
+        if beside is None:
             return
+        passive = beside.valid if coming is None else beside.valid & ~coming.valid
+        segment, place = np.nonzero(passive)
+        layer.note_attended(segment, beside.columns[segment, place])
+        if matters is not None:
+            segment, place = np.nonzero(passive & matters)
+            layer.count_recalls(segment, beside.columns[segment, place])
+
+    def _move(self, layer: TieredLayer, moves: _Moves, back: Entries | None) -> None:
         residents = moves.residents
         there = residents.exists
         leaving, hidden = moves.leaving[there], moves.hidden[there]

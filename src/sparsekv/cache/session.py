@@ -65,7 +65,6 @@ def save_session(cache: TieredCache, folder: str | Path) -> None:
             "n_sink": tiers.n_sink,
             "n_recent": tiers.n_recent,
         },
-        "uneven": tiers.uneven,
         "seen": cache.seen,
         "rows": cache.batch,
         "seeds": None if cache.seeds is None else list(cache.seeds),
@@ -126,7 +125,6 @@ def fill(cache: TieredCache, folder: str | Path, header: dict[str, Any], device:
     """
     state = read_part(folder, header, "state")
     cache.real, cache.ids = (state[name].to(device) if name in state else None for name in ("real", "ids"))
-    cache.tiers.uneven = bool(header.get("uneven", False))
     cache.seeds = None if header["seeds"] is None else tuple(header["seeds"])
     for index, (layer, numbers) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         tensors = read_part(folder, header, f"layer-{index:03d}")

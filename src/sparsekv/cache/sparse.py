@@ -93,7 +93,7 @@ class SparseCache(Cache):
             If an earlier forward broke off: its tokens are in some layers, and would not be given again.
         """
         seen = super().get_seq_length(layer_idx)
-        if self.unfinished is not None and seen != self.unfinished.seen:
+        if self.unfinished is None or seen != self.unfinished.seen:
             check_finished(self)
         return seen
 
@@ -420,11 +420,11 @@ class SparseCache(Cache):
                 self.layers[index] = WindowLayer(layer.sliding_window)
             else:
                 layer.reset()
-        self.real = self.unfinished = None
-        if self.ids is not None:  # it follows the text, from the first token on
-            self.ids = self.ids.new_zeros(0)
+        follows_text = self.decode is not None and self.ids is not None
+        self.ids = torch.zeros(0, dtype=torch.int32) if follows_text else None
+        self.real = self.seeds = self.unfinished = None
         if self.decode is not None:
-            self.decode.since = {}
+            self.decode.reset()
 
 
 def require_sparse(layer: CacheLayerMixin) -> SparseLayer:

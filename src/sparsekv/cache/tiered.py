@@ -242,7 +242,7 @@ class TieredCache(SparseCache):
         ConfigError
             If the rows have active sizes of their own (`join`): these would be lost.
         """
-        if self.tiers.uneven:
+        if self._rows_differ():
             raise ConfigError(
                 "this cache joins rows whose active sizes differ, so it can't be compressed again; do so before"
             )
@@ -253,6 +253,14 @@ class TieredCache(SparseCache):
         finally:
             self.tiers.held = False
         self._settle()
+
+    def _rows_differ(self) -> bool:
+        """Whether rows have active sizes of their own: a row's share is not 1 on average."""
+        shares = [layer.share for _, layer in self.tiered_layers() if layer.share is not None]
+        if not shares:
+            return False
+        by_row = torch.stack(shares).double().view(len(shares), self.batch, -1).mean(dim=(0, 2))
+        return bool(((by_row - 1).abs() > 1e-6).any())
 
     def _settle(self) -> None:
         layers = self.tiered_layers()

@@ -51,7 +51,6 @@ def joined(caches: Sequence[TieredCache], seen: int) -> TieredCache:
     """
     active = [cache.tiers.active.tokens or 0 for cache in caches]
     twin = _empty_like(caches[0], max(active))
-    twin.tiers.uneven = len(set(active)) > 1
     for index in twin.compressible:
         layers = [cache.layers[index] for cache in caches]
         store = Segments.joined([layer.store for layer in layers], seen, [cache.real for cache in caches])

@@ -164,6 +164,8 @@ class TieredLayer(SparseLayer):
 
     def count_recalls(self, segment: Ints, columns: Ints) -> None:
         """Add one to `recalls` of passive entries, each given once."""
+        if not len(columns):
+            return
         known = self._recalls_of_all()
         known[segment, columns] = np.minimum(known[segment, columns] + 1, _MOST_RECALLS)
         self.recalls = known
@@ -184,8 +186,9 @@ class TieredLayer(SparseLayer):
     def forget_recalls(self, segment: Ints, columns: Ints) -> None:
         """Entries became resident: if they leave again, they start anew."""
         if self.recalls is not None:
+            counted = columns < self.recalls.shape[1]
             self.recalls = self.recalls.copy()
-            self.recalls[segment, columns] = 0
+            self.recalls[segment[counted], columns[counted]] = 0
 
     def _stored_mask(self, kept: Tensor) -> Bools:
         """[N]: `kept` by column, read for every stored entry."""
@@ -242,6 +245,7 @@ class TieredLayer(SparseLayer):
         self.attended_passive = None
         if self.recalls is not None:
             self.recalls = self.recalls[:, :length]
+        self.asked_at = min(self.asked_at, length)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -51,8 +51,6 @@ class Tiers:
         While a policy reads a context: the active size isn't enforced, so that the policy chooses among everything.
     decode : DecodeEviction, optional
         The policy that evicts while tokens are generated.
-    uneven : bool
-        Rows have active sizes of their own, told by the layers' shares.
     """
 
     active: ActiveSize
@@ -65,7 +63,6 @@ class Tiers:
     real: Tensor | None = None
     held: bool = False
     decode: DecodeEviction | None = None
-    uneven: bool = False
 
     def real_columns(self, seen: int) -> Bools | None:
         """[B, T seen]: the columns that are no padding, or None if there is none."""
@@ -81,11 +78,11 @@ class Tiers:
         (no budget) may leave more than the quotas, so they hold without it.
         """
         decode = self.decode
-        if self.held or decode is None or not decode.budget.given:
+        due = decode is not None and decode.since.get(layer, 0) + n_query >= decode.every
+        if self.held or decode is None or not due or not decode.budget.given:
             return np.full(len(seen), self.held)
-        due = decode.since.get(layer, 0) + n_query >= decode.every
         allowed = np.array([decode.budget.n_kept(max(int(n), 1)) for n in seen])
-        return np.asarray(due & (allowed <= quotas))
+        return np.asarray(allowed <= quotas)
 
     def observed(self, n_query: int) -> int:
         """Newest tokens whose entries have to be resident when a policy scores: its observation window.

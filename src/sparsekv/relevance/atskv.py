@@ -27,9 +27,9 @@ from sparsekv.policies.learned_scores import relevance_of_entries
 from sparsekv.policies.sizes import describe
 from sparsekv.relevance.policy import Relevance
 from sparsekv.relevance.predictor import checked_betas, served_by
-from sparsekv.relevance.threshold import ALWAYS, ByQuantile, ThresholdController, checked_bounds
+from sparsekv.relevance.threshold import ByQuantile, ThresholdController, checked_bounds
 
-_RECENT, _SINK = ALWAYS, 3e7
+_RECENT, _SINK = 1e6, 3e7
 """Log relevances of entries that always stay: above all others, sinks first, then the newest.
 
 fp32 tells them apart in contexts of up to 1.5e7 tokens.

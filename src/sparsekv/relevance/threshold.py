@@ -28,9 +28,6 @@ from sparsekv.errors import ConfigError
 from sparsekv.policies.budget import Budget
 from sparsekv.policies.choosing import AcrossLayers
 
-ALWAYS = 1e6
-"""What always stays has a log relevance of so much or more: above all others."""
-
 Segments = Sequence[Sequence[Tensor]]
 """Scores of one row: layer -> kv head -> log r, FloatTensor [n], oldest entry first. n may differ."""
 
@@ -218,7 +215,7 @@ class ThresholdController:
         """
         state = self.rows.get(row, RowState())
         factors = torch.tensor(self.betas or tuple(betas) or (1.0,) * n_layers)
-        return factors * (math.exp(state.log_quantile) if state.log_quantile < ALWAYS else math.inf)
+        return factors * torch.tensor(state.log_quantile, dtype=torch.float64).exp().to(factors.dtype)
 
     # ---- state ------------------------------------------------------------------------------------------------
 
