@@ -30,8 +30,10 @@ def of(name: str) -> dict:
     return {"window_size": 8} if name == "snapkv" else {}
 
 
-def generated(model, cache, n: int = 20) -> torch.Tensor:
-    return model.generate(some_ids(), past_key_values=cache, max_new_tokens=n, do_sample=False)
+def generated(model, cache, n: int = 20, ids: torch.Tensor | None = None) -> torch.Tensor:
+    ids = some_ids() if ids is None else ids
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=n, do_sample=False)
 
 
 def test_full_is_the_model_s_own_cache():
@@ -226,24 +228,19 @@ def test_a_cache_that_was_reset_evicts_by_the_text_again(tiered, broken, monkeyp
         make_cache("anchors", model, 64, tokenizer=tokenizer, every=8, sink_size=4, recent_size=8, **options)
         for _ in range(2)
     ]
-    expected = generated_from(model, made[0], ids)
+    expected = generated(model, made[0], ids=ids)
     if broken:
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
             patched.setattr(model.model.layers[1].mlp, "forward", fails)
-            generated_from(model, made[1], ids)
+            generated(model, made[1], ids=ids)
     else:
-        generated_from(model, made[1], ids[:, 5:])
+        generated(model, made[1], ids=ids[:, 5:])
     made[1].reset()
-    assert torch.equal(generated_from(model, made[1], ids), expected)
+    assert torch.equal(generated(model, made[1], ids=ids), expected)
     assert torch.equal(made[0].kept_columns(), made[1].kept_columns())
     made[1].ids = None
     with pytest.raises(ConfigError, match="'anchors' looks at the text, which this cache was not told of"):
         stepped_logits(model, made[1], torch.cat([expected, ids], dim=1), None, [1] * 9)
-
-
-def generated_from(model, cache, ids: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
 
 
 def fails(*_):

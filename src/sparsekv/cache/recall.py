@@ -183,11 +183,13 @@ class TieredReader:
         full_rows = (free < 0) | (sizes > quotas + LENT).reshape(rows).any(axis=1)
         spare = quotas - slack(quotas) - sizes
         limit, looks = tiers.recall_tokens, self._looks(layer, n_query)
-        idle = not full_rows.any() and (limit == 0 or (spare <= 0).all())
-        if idle and (limit == 0 or (limit is None and not looks)):
+        settled = (
+            not full_rows.any() and (spare <= 0).all()
+        )  # nobody has to leave, and there is no place to fill
+        if (limit == 0 and not full_rows.any()) or (limit is None and settled and not looks):
             return None
         deferred = np.zeros(len(sizes), bool)
-        if not idle:
+        if not settled:
             real_seen = np.full(rows[0], store.seen) if real is None else real.sum(axis=1)
             least_quotas = quotas.reshape(rows).min(axis=1)
             deferred |= tiers.leaves_it_to_policy(self.index, n_query, real_seen, least_quotas).repeat(
