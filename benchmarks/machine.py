@@ -1,4 +1,4 @@
-"""What every benchmark prints first: the machine, the versions, the threads."""
+"""What every benchmark prints first: the machine, the threads, which attention decodes, the versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from sparsekv.cache import native
 
 
 def describe() -> str:
@@ -20,4 +22,6 @@ def describe() -> str:
         ]
         model = names[0] if names else model
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kvpress"))
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {packages}"
+    threads = f"{torch.get_num_threads()} threads"
+    kernel = "compiled kernel" if native.is_on() else "torch's attention alone"
+    return f"{model}, {os.cpu_count()} cores, {threads}, {kernel}; {packages}"

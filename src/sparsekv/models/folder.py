@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 MANIFEST = "sparsekv.json"
 _FORMAT = 1
 _SMALL_BYTES = 8 * 2**20  # files up to this size are hashed on every check, larger ones only on a full check
-
-
-def cache_home(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The cache folder: `cache_dir`, $SPARSEKV_HOME, $XDG_CACHE_HOME/sparsekv or ~/.cache/sparsekv."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if home := os.environ.get("SPARSEKV_HOME"):
-        return Path(home).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "sparsekv"
-    return Path.home() / ".cache" / "sparsekv"
 
 
 def sha256_of(stream: IO[bytes], copy_to: IO[bytes] | None = None) -> str:
