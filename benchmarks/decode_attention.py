@@ -31,41 +31,45 @@ def layer_of(counts: list[int], width: int, dtype: torch.dtype) -> SparseLayer:
     layer, seen = SparseLayer(), max(counts) + 1
     layer.update(*torch.randn(2, 1, len(counts), seen, width).to(dtype))
     layer.keep(torch.arange(seen) < torch.tensor(counts)[None, :, None])
+    layer.update(
+        *torch.randn(2, 1, len(counts), 1, width).to(dtype)
+    )  # from here on there is room between the heads
     return layer
 
 
-def median_ms(work: Callable[[int], object], layers: int, rounds: int) -> float:
-    """Per layer, over the rounds but the first."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        for i in range(layers):
-            work(i)
-        times.append((time.perf_counter() - started) / layers)
-    return 1e3 * statistics.median(times[1:])
-
-
 def measure(counts: list[int], width: int, group: int, dtype: torch.dtype, layers: int, rounds: int) -> None:
-    """One line per way of reading layers of these counts."""
+    """One line per way of reading layers of these counts; they take turns."""
     every = [layer_of(counts, width, dtype) for _ in range(layers)]
     query = torch.randn(1, group * len(counts), 1, width).to(dtype)
-    n_bytes = 2 * sum(counts) * width * dtype.itemsize
+    n_bytes = 2 * (sum(counts) + len(counts)) * width * dtype.itemsize
     stores: list[tuple[Tensor, Tensor]] = [(layer.store.keys, layer.store.values) for layer in every]
 
-    def attend(i: int) -> Tensor:
+    def attend(i: int) -> object:
         return attend_stored(every[i], query, None, None)
 
+    def by_torch(i: int) -> object:
+        with patch.object(native, "attend", lambda *given: None):
+            return attend(i)
+
+    def floor(i: int) -> object:
+        return [x.view(torch.int32).amax() for x in stores[i]]
+
+    ways: dict[str, Callable[[int], object]] = {"floor": floor, "torch's attention": by_torch}
+    if native.is_on():
+        ways["compiled kernel"] = attend
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        results = {
-            "floor": median_ms(lambda i: [x.view(torch.int32).amax() for x in stores[i]], layers, rounds)
-        }
-        if native.is_on():
-            results["compiled kernel"] = median_ms(attend, layers, rounds)
-        with patch.object(native, "_library", lambda: None):
-            results["torch's attention"] = median_ms(attend, layers, rounds)
+        for turn in range(rounds + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                for i in range(layers):
+                    way(i)
+                if turn:  # the first is to warm up
+                    seconds[name].append((time.perf_counter() - started) / layers)
     print(f"\nheads of {', '.join(map(str, counts))} entries: {n_bytes / 2**20:.2f} MiB a layer")
-    for name, ms in results.items():
-        print(f"  {name:18s} {ms:7.3f} ms  {n_bytes / ms / 1e6:6.2f} GB/s  x {ms / results['floor']:.2f}")
+    medians = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    for name, ms in medians.items():
+        print(f"  {name:18s} {ms:7.3f} ms  {n_bytes / ms / 1e6:6.2f} GB/s  x {ms / medians['floor']:.2f}")
 
 
 def main() -> None:

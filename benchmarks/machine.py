@@ -1,4 +1,4 @@
-"""What every benchmark prints first: the machine, the threads, which attention decodes, the versions."""
+"""What every benchmark prints first: the machine, the threads, whether the compiled kernel is there, the versions."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-import shutil
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,36 @@ from torch import Tensor, nn
 
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged
+from sparsekv import architecture
 from sparsekv.attention import prepare
 from sparsekv.cache import native
+from sparsekv.cache.attend import attend_stored
 from sparsekv.generation import compress
 from toy import tiny_model
 
 T, Q = 40, 7
 
 
+@pytest.fixture(scope="session")
+def compiler_with_openmp(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    source = tmp_path_factory.mktemp("openmp") / "empty.c"
+    source.write_text("#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n")
+    command = [*shlex.split(os.environ.get("CC") or "cc"), "-fopenmp", "-shared", "-fPIC", str(source)]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(source.with_suffix(".so"))], capture_output=True, check=False
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
 @pytest.fixture
-def kernel() -> None:
-    """Only where there is no compiler may the kernel be missing."""
-    if not native.is_on():
-        assert shutil.which(os.environ.get("CC", "cc")) is None, "there is a compiler, but no kernel"
-        pytest.skip("no C compiler")
+def kernel(compiler_with_openmp: bool) -> None:
+    """Only where it is switched off, or there is no compiler, may the kernel be missing."""
+    if os.environ.get("SPARSEKV_NATIVE") == "0" or not compiler_with_openmp:
+        pytest.skip("no kernel wanted, or no C compiler with OpenMP")
+    assert native.is_on(), "there is a compiler, but no kernel"
 
 
 @pytest.fixture
@@ -121,78 +139,168 @@ def test_nan_stays_in_its_segment(threads: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("kernel")
+def test_logits_without_bounds() -> None:
+    """What torch gives where logits are infinite, and no trace of an entry that weighs nothing."""
+    sizes = (400, 399, 40), 1, 2
+    inputs = given_segments(sizes, 2, 16, torch.float32)
+    queries, keys, values = inputs
+    queries[:] = queries.abs() + 0.1
+    keys[:300] = -3e38  # more than a piece of logits overflow to -infinity, then finite ones follow
+    values[:300] = 3e38
+    keys[403:802] = -torch.inf  # all of a segment but one
+    found = native.attend(*inputs, *sizes)
+    assert found is not None and found.isfinite().all()
+    reduced = exact(*inputs, sizes, None)
+    assert (found.double() - reduced).abs().max() <= 1e-5
+    keys[402] = -torch.inf  # all of it
+    keys[810] = torch.inf
+    found = native.attend(*inputs, *sizes)
+    assert found is not None and (found[1] == 0).all() and found[2].isnan().all()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_alone_and_beside_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_SERIAL", 0)
+    counts, tail, room = (5, 777, 301, 2000), 1, 4
+    inputs = given_segments((counts, tail, room), 3, 64, dtype)
+    found = {}
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found[threads] = native.attend(*inputs, counts, tail, room)
+    assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[5])
+    parts = [x.split([count + room for count in counts]) for x in inputs[1:]]
+    for i, count in enumerate(counts):
+        alone = native.attend(inputs[0][i : i + 1], parts[0][i], parts[1][i], (count,), tail, room)
+        assert torch.equal(alone, found[1][i : i + 1])
+
+
+@pytest.mark.usefixtures("kernel")
 def test_lengths_that_do_not_fit_are_refused() -> None:
     sizes = (5, 9), 1, 2
     queries, keys, values = given_segments(sizes, 2, 16, torch.float32)
-    for wrong in (((5, 10), 1, 2), ((5, 9), 1, 3), ((5, 9), 3, 2), ((14,), 1, 4)):
+    for wrong in (
+        ((5, 10), 1, 2),
+        ((5, 9), 1, 3),
+        ((5, 9), 3, 2),
+        ((14,), 1, 4),
+        ((5, 9), -1, 2),
+        ((-1, 15), 1, 2),
+    ):
         with pytest.raises(ValueError, match="don't lie in keys of"):
             native.attend(queries, keys, values, *wrong)
     with pytest.raises(ValueError, match="don't lie in keys of"):
         native.attend(queries, keys, values[:, :8].contiguous(), *sizes)
+    with pytest.raises(ValueError, match="don't lie in keys of"):
+        native.attend(queries, keys, values, (14, 0), 0, 2)
 
 
 @pytest.mark.usefixtures("kernel")
 def test_what_it_does_not_take() -> None:
     sizes = (5, 9), 1, 2
     queries, keys, values = given_segments(sizes, 2, 16, torch.float32)
+    assert native.attend(queries, keys, values, *sizes) is not None
     for given_instead in (
         (queries.half(), keys.half(), values.half()),
         (queries, keys, values.bfloat16()),
         (queries.mT.contiguous().mT, keys, values),
         (queries, keys.T.contiguous().T, values),
         (queries, nn.Parameter(keys), values),
+        (torch._neg_view(queries), keys, values),
+        (queries.to("meta"), keys.to("meta"), values.to("meta")),
     ):
         assert native.attend(*given_instead, *sizes) is None
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every result of the kernel, how many segments it has."""
+    theirs, results = native.attend, []
+
+    def counted(*given: Any) -> Tensor | None:
+        result = theirs(*given)
+        if result is not None:
+            results.append(len(result))
+        return result
+
+    monkeypatch.setattr(native, "attend", counted)
+    return results
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("policy", [Ragged(), Ends()])
-def test_a_model_decodes_with_it(family: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-
-    def counted(*given: Any) -> Tensor | None:
-        used.append(given[0].shape)
-        return theirs(*given)
-
-    theirs = native.attend
-    monkeypatch.setattr(native, "attend", counted)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_decodes_with_it(family: str, policy: Any, padded: bool, used: list[int]) -> None:
     model = prepare(tiny_model(family))
     ids = torch.randint(3, 250, (2, T + Q), generator=torch.Generator().manual_seed(3))
-    cache = compress(model, ids[:, :T], policy, 0.5)
-    masked = masked_logits(model, ids, None, cache.selection().extend(T + Q), Q)
-    assert (masked - stepped_logits(model, cache, ids, None, [1] * Q)).abs().max() <= 1e-4
-    assert len(used) >= Q, "one call for a layer and token, whatever its heads keep"
-    used.clear()
-    cache = compress(model, ids[:, :T], policy, 0.5)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0 if padded else 1
+    given_mask = mask if padded else None
+    cache = compress(model, ids[:, :T], policy, 0.5, attention_mask=mask[:, :T] if padded else None)
+    masked = masked_logits(model, ids, given_mask, cache.selection().extend(T + Q), Q)
+    stepped = stepped_logits(model, cache, ids, given_mask, [1] * Q)
+    assert (masked - stepped).abs().max() <= 1e-4
+    n_layers = len(architecture.compressible_layers(architecture.text_config(model)))
+    assert used == [2 * cache.layers[-1].n_kv_heads] * Q * n_layers, "one call for a layer and token"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_torch_reads(used: list[int]) -> None:
+    """Several new tokens, gradients, autocast, a trace; and all of it, where the kernel is not there."""
+    model = prepare(tiny_model("llama"))
+    ids = torch.randint(3, 250, (2, T + Q), generator=torch.Generator().manual_seed(3))
+    cache = compress(model, ids[:, :T], Ragged(), 0.5)
     stepped_logits(model, cache, ids, None, [Q])
-    assert not used, "several new tokens do not see each other alike"
     model(input_ids=ids[:, :1], past_key_values=cache)  # with gradients
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         model(input_ids=ids[:, :1], past_key_values=cache)
     assert not used
+    with torch.no_grad():
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        assert used
+        used.clear()
+        layer = compress(model, ids[:, :T], Ragged(), 0.5).layers[0]
+        query = torch.randn(2, 4, 1, 16)
+        before = attend_stored(layer, query, None, None)
+        assert used
+        used.clear()
+        traced = torch.jit.trace(lambda x: attend_stored(layer, x, None, None), query, check_trace=False)
+    assert not used
+    assert (traced(query) - before).abs().max() <= 1e-5
 
 
-def broken(tmp_path: Path) -> str:
-    """A compiler that leaves something which is no library."""
-    path = tmp_path / "cc"
-    path.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo nothing > "$2"\n')
+def compiler(path: Path, script: str) -> str:
+    """A compiler that does something else; its last arguments are `-o <library> -lm`."""
+    path.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; {script}\n')
     path.chmod(0o755)
     return str(path)
 
 
+WAYS_TO_FAIL = {
+    "no library": 'echo nothing > "$2"',
+    "it says what is no text": "printf '\\377' >&2; exit 1",
+    "it hangs": "sleep 60",
+}
+
+
 @pytest.mark.usefixtures("unloaded")
-@pytest.mark.parametrize("why", ["off", "no compiler", "it fails", "no library", "no folder"])
+@pytest.mark.parametrize("why", ["off", "no compiler", "no words", "no folder", "not mine", *WAYS_TO_FAIL])
 def test_without_it_torch_does_the_work(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("SPARSEKV_HOME", str(home))
+    monkeypatch.setattr(native, "_SECONDS", 1)
     if why == "off":
         monkeypatch.setenv("SPARSEKV_NATIVE", "0")
     elif why == "no folder":
         home.write_text("a file")
+    elif why == "not mine":
+        (home / "native").mkdir(parents=True)
+        (home / "native").chmod(0o777)
+    elif why in WAYS_TO_FAIL:
+        monkeypatch.setenv("CC", compiler(tmp_path / "cc", WAYS_TO_FAIL[why]))
     else:
-        compilers = {"no compiler": "/nowhere/cc", "it fails": "false", "no library": broken(tmp_path)}
-        monkeypatch.setenv("CC", compilers[why])
+        monkeypatch.setenv("CC", {"no compiler": "/nowhere/cc", "no words": 'cc "'}[why])
     assert not native.is_on()
     model = prepare(tiny_model("llama"))
     ids = torch.randint(3, 250, (1, T + Q), generator=torch.Generator().manual_seed(3))
@@ -216,10 +324,65 @@ def test_a_compiler_that_is_wrong(
 
 @pytest.mark.usefixtures("kernel")
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = native._compiled(tmp_path)
+    native._loaded(tmp_path)
+    (path,) = tmp_path.glob("*.so")
     with monkeypatch.context() as patch:
-        patch.setattr(native.subprocess, "run", None)
-        assert native._compiled(tmp_path) == path
-    assert [x.name for x in tmp_path.iterdir()] == [path.name]
-    monkeypatch.setattr(native, "_processor", lambda: "another machine that shares the folder")
-    assert native._compiled(tmp_path) != path
+        patch.setattr(native.subprocess, "Popen", None)
+        native._loaded(tmp_path)
+    assert {x.name for x in tmp_path.iterdir()} == {path.name, path.with_suffix(".sha256").name}
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_processor", lambda: "another machine that shares the folder")
+        native._loaded(tmp_path)
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no digest"])
+def test_a_damaged_library_is_made_anew(damage: str, tmp_path: Path) -> None:
+    """Not one that is loaded already: that would be given once more, whatever the file holds."""
+    made = tmp_path / "made"
+    made.mkdir()
+    native._compile(["cc"], made / "attend.so")
+    whole = (made / "attend.so").read_bytes()
+    assert native._is_whole(made / "attend.so")
+    if damage == "no digest":
+        (made / "attend.sha256").unlink()
+    else:
+        (made / "attend.so").write_bytes(whole[: 0 if damage == "empty" else 8000])
+    assert not native._is_whole(made / "attend.so")
+    native._compile(["cc"], made / "attend.so")
+    assert (made / "attend.so").read_bytes() == whole and native._is_whole(made / "attend.so")
+    (made / "attend.so").chmod(0o666)
+    with pytest.raises(RuntimeError, match="can be written by other users"):
+        native._is_whole(made / "attend.so")
+
+
+@pytest.mark.usefixtures("kernel", "unloaded")
+def test_no_mode_of_torch_disturbs_the_check() -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert native.is_on()
+
+
+def _loads_it(answer: Any) -> None:
+    torch.set_num_threads(1)
+    native._library.cache_clear()
+    answer.put(native.is_on())
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_forked_process_loads_it() -> None:
+    """As a DataLoader's worker does, after the parent has used its threads."""
+    fork = multiprocessing.get_context("fork")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(1 << 20).exp().sum()
+        answer = fork.SimpleQueue()
+        child = fork.Process(target=_loads_it, args=(answer,))
+        child.start()
+        child.join(60)
+        alive = child.is_alive()
+        child.kill()
+        assert not alive and answer.get()
+    finally:
+        torch.set_num_threads(threads)

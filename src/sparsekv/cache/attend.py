@@ -16,7 +16,7 @@ _PIECE = 1536
 """Fewest entries of a piece: to put pieces together takes longer than to read the entries of shorter ones."""
 
 _MOST_QUERIES = 32
-"""The kernel takes blocks of so many queries: more of them keep further cores busy by themselves."""
+"""torch's kernel takes blocks of so many queries: more of them keep further cores busy by themselves."""
 
 _FLASH = (torch.float32, torch.bfloat16, torch.float16)
 """What a CPU's fused kernel computes in."""
@@ -90,7 +90,7 @@ def _few_on_cpu(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether these, [..., n, D], suit kernels that read entries for few queries, on the CPU and without gradient."""
     every = (queries, keys, values)
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and all(x.is_cpu and x.dtype == queries.dtype and x.stride(-1) == 1 for x in every)
         and queries.dtype in _FLASH
         and keys.shape == values.shape

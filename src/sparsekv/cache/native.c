@@ -3,11 +3,10 @@
  * A segment is what one (row, kv head) stores: count[i] entries and `tail` newer ones, in order, with room for others
  * behind them: segment i + 1 begins count[i] + room entries after segment i. Every segment has its own queries.
  *
- * The entries of all segments, one after the other, are cut into one stretch per thread, wherever that falls. A thread
- * reads the part of each segment that lies in its stretch once, for all queries, with a running softmax (FlashAttention,
- * arXiv 2205.14135, section 3.1), and what two threads read of one segment is put together by the sums of their softmax
- * (Flash-Decoding). Part (segment i, thread t) is kept at place i + t, which no other has: both only ever go up.
- * Everything is added up in float32.
+ * Segments are cut into pieces of PIECE entries. A thread reads a piece once for all queries of its segment, with a
+ * running softmax (FlashAttention, arXiv 2205.14135, section 3.1), and the pieces of a segment are put together by the
+ * sums of their softmax (Flash-Decoding). So a segment's result depends on nothing but its own entries: not on the number
+ * of threads, nor on other rows and heads. Everything is added up in float32.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +14,8 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define BLOCK 32 /* entries at hand at once: 128 numbers of each, as float32, are 16 KiB of a core's L1 */
+#define PIECE 256 /* entries that one thread reads at a time */
+#define BLOCK 32  /* of them at hand at once: 128 numbers of each, as float32, are 16 KiB of a core's L1 */
 
 typedef uint16_t bfloat16;
 
@@ -40,9 +40,9 @@ INLINE void store(void *numbers, int64_t i, float x, int half) {
     ((bfloat16 *)numbers)[i] = (bfloat16)(bits >> 16);
 }
 
-/* e^x for x <= 0, to 2 units in the last place; one that compilers vectorise. Cephes' expf. NaN stays NaN. */
+/* e^x for x <= 0, 0 below -87; one that compilers vectorise. Cephes' expf: right to a few units in the last place near
+ * 0, to 64 at -87. NaN stays NaN. */
 INLINE float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
     float n = floorf(x * 1.44269504f + 0.5f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -53,8 +53,11 @@ INLINE float exp_of(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     int32_t power = (int32_t)(n >= -126.0f ? n : -126.0f); /* of a NaN, which is no integer, too */
-    return p * from_bits((uint32_t)(power + 127) << 23);
+    return x < -87.0f ? 0.0f : p * from_bits((uint32_t)(power + 127) << 23);
 }
+
+/* What logits are measured from: the greatest, or 0 where all are -infinity, which weigh nothing. */
+INLINE float base_of(float top) { return top == -INFINITY ? 0.0f : top; }
 
 /* Rows [m, width] as float32: themselves, or converted into `tile`, once for all queries. */
 INLINE const float *rows_of(const void *numbers, int64_t from, int64_t m, int64_t width, int half, float *tile) {
@@ -65,12 +68,12 @@ INLINE const float *rows_of(const void *numbers, int64_t from, int64_t m, int64_
     return tile;
 }
 
-/* A part, per query: the weighted values [width], the greatest logit, the sum of the softmax. */
-INLINE void read(const float *queries, const void *keys, const void *values, int64_t first, int64_t n,
-                 int64_t n_queries, int64_t width, int half, float *tile, float *part) {
+/* Per query: the weighted values [width], the greatest logit, the sum of the softmax. */
+INLINE void read_piece(const float *queries, const void *keys, const void *values, int64_t first, int64_t n,
+                 int64_t n_queries, int64_t width, int half, float *tile, float *result) {
     float *weights = tile + (half ? BLOCK * width : 0); /* [queries, BLOCK] */
     for (int64_t q = 0; q < n_queries; q++) {
-        float *sums = part + q * (width + 2);
+        float *sums = result + q * (width + 2);
         memset(sums, 0, (size_t)width * sizeof *sums);
         sums[width] = -INFINITY;
         sums[width + 1] = 0;
@@ -80,7 +83,7 @@ INLINE void read(const float *queries, const void *keys, const void *values, int
         const float *rows = rows_of(keys, from, m, width, half, tile);
         for (int64_t q = 0; q < n_queries; q++) {
             const float *query = queries + q * width;
-            float *restrict sums = part + q * (width + 2), *restrict weight = weights + q * BLOCK;
+            float *restrict sums = result + q * (width + 2), *restrict weight = weights + q * BLOCK;
             float top = sums[width], total = 0;
             int64_t j = 0;
             for (; j + 4 <= m; j += 4) { /* four at once: the query is read a quarter as often */
@@ -109,8 +112,9 @@ INLINE void read(const float *queries, const void *keys, const void *values, int
                 sums[width] = top;
                 sums[width + 1] *= shrink;
             }
+            float base = base_of(top);
             for (int64_t j = 0; j < m; j++) {
-                weight[j] = exp_of(weight[j] - top);
+                weight[j] = exp_of(weight[j] - base);
                 total += weight[j];
             }
             sums[width + 1] += total;
@@ -118,7 +122,7 @@ INLINE void read(const float *queries, const void *keys, const void *values, int
         rows = rows_of(values, from, m, width, half, tile);
         for (int64_t q = 0; q < n_queries; q++) {
             const float *weight = weights + q * BLOCK;
-            float *restrict sums = part + q * (width + 2);
+            float *restrict sums = result + q * (width + 2);
             int64_t j = 0;
             for (; j + 4 <= m; j += 4) { /* four at once: the sums are read and written a quarter as often */
                 const float *row = rows + j * width;
@@ -135,102 +139,87 @@ INLINE void read(const float *queries, const void *keys, const void *values, int
 
 /* The same, for widths and dtypes that the compiler knows beforehand. */
 static void read_any(const float *queries, const void *keys, const void *values, int64_t first, int64_t n,
-                     int64_t n_queries, int64_t width, int half, float *tile, float *part) {
+                     int64_t n_queries, int64_t width, int half, float *result) {
+    float tile[BLOCK * ((half ? width : 0) + n_queries)]; /* rows as float32, where they are not, and weights */
     if (width == 64 && half)
-        read(queries, keys, values, first, n, n_queries, 64, 1, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, 64, 1, tile, result);
     else if (width == 64)
-        read(queries, keys, values, first, n, n_queries, 64, 0, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, 64, 0, tile, result);
     else if (width == 128 && half)
-        read(queries, keys, values, first, n, n_queries, 128, 1, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, 128, 1, tile, result);
     else if (width == 128)
-        read(queries, keys, values, first, n, n_queries, 128, 0, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, 128, 0, tile, result);
     else if (half)
-        read(queries, keys, values, first, n, n_queries, width, 1, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, width, 1, tile, result);
     else
-        read(queries, keys, values, first, n, n_queries, width, 0, tile, part);
+        read_piece(queries, keys, values, first, n, n_queries, width, 0, tile, result);
+}
+
+/* Add what `more` has to `sums`, both of `width` weighted values, greatest logit, sum. */
+INLINE void add(float *restrict sums, const float *restrict more, int64_t width) {
+    float top = more[width] > sums[width] ? more[width] : sums[width], base = base_of(top);
+    float mine = exp_of(sums[width] - base), other = exp_of(more[width] - base);
+    for (int64_t d = 0; d < width; d++)
+        sums[d] = sums[d] * mine + more[d] * other;
+    sums[width] = top;
+    sums[width + 1] = sums[width + 1] * mine + more[width + 1] * other;
 }
 
 typedef struct {
-    const void *keys, *values;
-    const float *queries; /* [segments, queries, width], scaled */
-    const int64_t *counts;
-    int64_t n_segments, tail, room, n_queries, width, total, n_threads;
-    int half;
-    float *parts;
-    float *tiles; /* per thread: a block of rows as float32, if they are not, and its weights */
-} Work;
+    int64_t segment, first, n; /* entries `first` to `first + n` of the buffer */
+} Piece;
 
-INLINE int64_t tile_size(const Work *w) { return BLOCK * ((w->half ? w->width : 0) + w->n_queries); }
+INLINE int64_t pieces_of(int64_t n) { return (n + PIECE - 1) / PIECE; }
 
-INLINE int64_t stretch(const Work *w, int64_t thread) { return w->total * thread / w->n_threads; }
-
-static void read_stretch(const Work *w, int64_t thread) {
-    int64_t begin = stretch(w, thread), end = stretch(w, thread + 1);
-    int64_t rank = 0, slot = 0; /* of the segment's first entry: among those stored, and in the buffer */
-    for (int64_t i = 0; i < w->n_segments && rank < end; i++) {
-        int64_t size = w->counts[i] + w->tail;
-        int64_t from = begin > rank ? begin - rank : 0, to = end - rank < size ? end - rank : size;
-        if (from < to)
-            read_any(w->queries + i * w->n_queries * w->width, w->keys, w->values, slot + from, to - from,
-                     w->n_queries, w->width, w->half, w->tiles + thread * tile_size(w),
-                     w->parts + (i + thread) * w->n_queries * (w->width + 2));
-        rank += size;
-        slot += w->counts[i] + w->room;
-    }
-}
-
-static void put_together(const Work *w, void *output) {
-    int64_t rank = 0, thread = 0;
-    for (int64_t i = 0; i < w->n_segments; i++) {
-        int64_t end = rank + w->counts[i] + w->tail;
-        while (stretch(w, thread + 1) <= rank)
-            thread++;
-        for (int64_t q = 0; q < w->n_queries; q++) {
-            float *sums = w->parts + ((i + thread) * w->n_queries + q) * (w->width + 2);
-            for (int64_t t = thread + 1; t < w->n_threads && stretch(w, t) < end; t++) {
-                if (stretch(w, t) == stretch(w, t + 1))
-                    continue; /* fewer entries than threads */
-                const float *more = w->parts + ((i + t) * w->n_queries + q) * (w->width + 2);
-                float top = more[w->width] > sums[w->width] ? more[w->width] : sums[w->width];
-                float mine = exp_of(sums[w->width] - top), other = exp_of(more[w->width] - top);
-                for (int64_t d = 0; d < w->width; d++)
-                    sums[d] = sums[d] * mine + more[d] * other;
-                sums[w->width + 1] = sums[w->width + 1] * mine + more[w->width + 1] * other;
-                sums[w->width] = top;
-            }
-            for (int64_t d = 0; d < w->width; d++)
-                store(output, (i * w->n_queries + q) * w->width + d, sums[d] / sums[w->width + 1], w->half);
-        }
-        rank = end;
-    }
-}
-
-/* queries, output [segments, n_queries, width]; keys, values [entries, width]. No segment may be empty.
+/* queries, output [segments, n_queries, width]; keys, values [entries, width]. No segment may be empty; n_queries and
+ * width are small enough for the stack (read_any).
  * Returns 0, or 1 where there is no memory for it. */
 int sparsekv_attend(const void *queries, const void *keys, const void *values, void *output, const int64_t *counts,
                     int64_t n_segments, int64_t tail, int64_t room, int64_t n_queries, int64_t width, float scale,
                     int half, int64_t n_threads) {
-    int64_t n_numbers = n_segments * n_queries * width;
-    int64_t n_parts = (n_segments + n_threads) * n_queries * (width + 2);
-    Work work = {keys, values, NULL, counts, n_segments, tail, room, n_queries, width, 0, n_threads, half, NULL, NULL};
-    float *memory = malloc((size_t)(n_numbers + n_parts + n_threads * tile_size(&work)) * sizeof *memory);
-    if (!memory)
-        return 1;
-    work.queries = memory;
-    work.parts = memory + n_numbers;
-    work.tiles = work.parts + n_parts;
-    for (int64_t i = 0; i < n_numbers; i++)
-        memory[i] = load(queries, i, half) * scale;
+    int64_t n_pieces = 0, n_numbers = n_segments * n_queries * width;
+    int64_t n_result = n_queries * (width + 2); /* of one piece */
     for (int64_t i = 0; i < n_segments; i++)
-        work.total += counts[i] + tail;
-    if (n_threads == 1) {
-        read_stretch(&work, 0);
-    } else {
-#pragma omp parallel for num_threads(n_threads) schedule(static, 1)
-        for (int64_t t = 0; t < n_threads; t++)
-            read_stretch(&work, t);
+        n_pieces += pieces_of(counts[i] + tail);
+    Piece *pieces = malloc((size_t)n_pieces * sizeof *pieces);
+    float *scaled = malloc((size_t)(n_numbers + n_pieces * n_result) * sizeof *scaled);
+    if (!pieces || !scaled) {
+        free(pieces);
+        free(scaled);
+        return 1;
     }
-    put_together(&work, output);
-    free(memory);
+    float *results = scaled + n_numbers;
+    for (int64_t i = 0; i < n_numbers; i++)
+        scaled[i] = load(queries, i, half) * scale;
+    for (int64_t i = 0, at = 0, slot = 0; i < n_segments; slot += counts[i++] + room)
+        for (int64_t from = 0, n = counts[i] + tail; from < n; from += PIECE)
+            pieces[at++] = (Piece){i, slot + from, n - from < PIECE ? n - from : PIECE};
+
+#define READ(p)                                                                                                    \
+    read_any(scaled + pieces[p].segment * n_queries * width, keys, values, pieces[p].first, pieces[p].n, n_queries, \
+             width, half, results + (p) * n_result)
+    if (n_threads > 1) { /* not one team of one thread: in a forked process even that may wait for ever */
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic)
+        for (int64_t p = 0; p < n_pieces; p++)
+            READ(p);
+    } else {
+        for (int64_t p = 0; p < n_pieces; p++)
+            READ(p);
+    }
+
+    for (int64_t i = 0, at = 0; i < n_segments; i++) {
+        int64_t end = at + pieces_of(counts[i] + tail);
+        for (int64_t q = 0; q < n_queries; q++) {
+            float *sums = results + at * n_result + q * (width + 2);
+            for (int64_t p = at + 1; p < end; p++)
+                add(sums, results + p * n_result + q * (width + 2), width);
+            float total = sums[width + 1] == 0.0f ? 1.0f : sums[width + 1]; /* no weight at all: 0, as torch has it */
+            for (int64_t d = 0; d < width; d++)
+                store(output, (i * n_queries + q) * width + d, sums[d] / total, half);
+        }
+        at = end;
+    }
+    free(pieces);
+    free(scaled);
     return 0;
 }

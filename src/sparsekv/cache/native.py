@@ -1,11 +1,12 @@
 """The compiled kernel of decoding: few queries over segments of different lengths, shared out to all cores of a CPU.
 
 torch's attention reads a segment on one core while there are few queries, and ragged heads are a call each; `native.c`
-reads all heads in one call, every core an equal share of the entries, whatever they belong to. It is compiled for this
-machine's processor when it is first wanted, which takes two seconds and a C compiler with OpenMP ($CC, or `cc`), and
-kept in the cache folder ($SPARSEKV_HOME). Where that fails, or with SPARSEKV_NATIVE=0, torch's attention does the work.
+reads all heads in one call, a piece at a time, each core the next one. It is compiled for this machine's processor when
+it is first wanted, which takes two seconds and a C compiler with OpenMP ($CC, or `cc`), and kept in the cache folder
+($SPARSEKV_HOME). Where that fails, or with SPARSEKV_NATIVE=0, torch's attention does the work.
 
-torch's own threads do the work: symbols of the OpenMP library that it loads come first. Knows nothing of caches.
+With GCC torch's own threads do the work: symbols of the OpenMP library that it has loaded come first.
+Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsekv.files import cache_home
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
-# not -ffast-math: it would assume that nothing is NaN, and change how the whole process treats tiny numbers
+# what of -ffast-math lets sums be vectorised; the rest would take NaN for impossible, and tiny numbers for 0 everywhere
 _FLAGS += [
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -37,11 +41,14 @@ _FLAGS += [
     "-fassociative-math",
     "-freciprocal-math",
 ]
-_SECONDS = 120
+_SECONDS = 60
 """How long compiling may take."""
 
 _SERIAL = 1 << 16
 """Products of a query's and a key's numbers, up to which one core is done before others have woken up."""
+
+_WIDEST, _MOST_QUERIES = 512, 64
+"""The kernel keeps a block of numbers of these sizes on the stack."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -73,22 +80,23 @@ def attend(
     scaling : float, optional
         What logits are multiplied by. Default: D ** -0.5.
 
-    Returns None where the kernel is not there, or not for such tensors (float32 and bfloat16, contiguous).
+    Returns None where the kernel is not there, or not for such tensors: it takes float32 and bfloat16, contiguous.
     Raises ValueError if the lengths are not those of the tensors: it would read other memory.
     """
     every = (queries, keys, values)
-    fits = queries.dtype in _DTYPES and all(x.dtype == queries.dtype and x.is_contiguous() for x in every)
-    library = _library() if fits and type(keys) is Tensor else None
+    fits = queries.dtype in _DTYPES and all(
+        type(x) is Tensor and x.is_cpu and x.dtype == queries.dtype and x.is_contiguous() and not x.is_neg()
+        for x in every
+    )
+    (n_segments, n_queries, width), stored = queries.shape, sum(counts)
+    library = _library() if fits and width <= _WIDEST and n_queries <= _MOST_QUERIES else None
     if library is None:
         return None
-    (n_segments, n_queries, width), stored = queries.shape, sum(counts)
-    if (
-        not keys.shape == values.shape == (stored + n_segments * room, width)
-        or len(counts) != n_segments
-        or tail > room
-    ):
+    lengths_fit = len(counts) == n_segments and min(counts, default=0) >= 0 and 0 <= tail <= room
+    whole = keys.shape == values.shape == (stored + n_segments * room, width)
+    if not (lengths_fit and whole and all(count + tail for count in counts)):
         raise ValueError(
-            f"{len(counts)} segments, {stored} + {tail} of {room}, don't lie in keys of {tuple(keys.shape)}"
+            f"segments of {counts} entries, {tail} of {room}, don't lie in keys of {tuple(keys.shape)}"
         )
     work = (stored + n_segments * tail) * n_queries * width
     output = torch.empty_like(queries)
@@ -122,17 +130,11 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get("SPARSEKV_NATIVE") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled(cache_home() / "native")))
-        number, pointer = ctypes.c_int64, ctypes.c_void_p
-        library.sparsekv_attend.argtypes = [
-            *[pointer] * 5,
-            *[number] * 5,
-            ctypes.c_float,
-            ctypes.c_int,
-            number,
-        ]
-        library.sparsekv_attend.restype = ctypes.c_int
-    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        library = _loaded(cache_home() / "native")
+    except subprocess.TimeoutExpired as error:
+        log.warning("attention while decoding is torch's own (SPARSEKV_NATIVE=0 does not try): %s", error)
+        return None
+    except (OSError, AttributeError, RuntimeError, ValueError) as error:
         log.info("attention while decoding is torch's own: %s", error)
         return None
     if not _is_right(library):
@@ -141,26 +143,75 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled(folder: Path) -> Path:
-    """The library in `folder`, compiled for this processor from this source, if it isn't there.
+def _loaded(folder: Path) -> ctypes.CDLL:
+    """The library of this source for this processor, compiled into `folder` if it isn't there or is no longer whole.
 
-    Raises OSError, RuntimeError or SubprocessError if that can't be done.
+    Raises OSError, AttributeError, RuntimeError, ValueError or TimeoutExpired if that can't be done.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     made_of = [_SOURCE.read_bytes(), " ".join([*compiler, *_FLAGS]).encode(), _processor().encode()]
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
-    path = folder / f"attend-{name}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as workplace:
+    path = folder / f"attend-{_digest(b''.join(made_of))}.so"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_owned(folder)
+    if not _is_whole(path):
+        _compile(compiler, path)
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.sparsekv_attend.argtypes = [*[pointer] * 5, *[number] * 5, ctypes.c_float, ctypes.c_int, number]
+    library.sparsekv_attend.restype = ctypes.c_int
+    return library
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Make the library, and beside it a file that says what is in it."""
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as workplace:
         made = Path(workplace) / "attend.so"
         command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-400:]}")
-        made.replace(path)  # another process may have been as far: the same library
-    return path
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            try:
+                _, said = process.communicate(timeout=_SECONDS)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                raise
+        if process.returncode:
+            raise RuntimeError(
+                f"{shlex.join(command)} failed: {said.decode(errors='replace').strip()[-400:]}"
+            )
+        known = made.with_suffix(".sha256")
+        known.write_text(_digest(made.read_bytes()))
+        for file in (made, known):  # another process may have been as far, with the same
+            file.chmod(0o600)
+            file.replace(path.with_suffix(file.suffix))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there as it was made: one that was cut short would end the process."""
+    try:
+        for file in (path, path.with_suffix(".sha256")):
+            _check_owned(file)
+        return _digest(path.read_bytes()).encode() == path.with_suffix(".sha256").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+def _check_owned(path: Path) -> None:
+    """Raise a RuntimeError if another user may have put something there: what lies there is executed."""
+    if not hasattr(os, "geteuid"):
+        return
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise RuntimeError(f"{path} can be written by other users")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _processor() -> str:
@@ -170,31 +221,34 @@ def _processor() -> str:
     except OSError:
         lines = []
     kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join([platform.machine(), platform.processor(), *dict.fromkeys(kept)])
+    return "\n".join([platform.machine(), platform.processor(), *platform.libc_ver(), *dict.fromkeys(kept)])
 
 
 def _is_right(library: ctypes.CDLL) -> bool:
-    """Whether it computes what torch does: a compiler's mistake must not become a wrong answer."""
-    random = torch.Generator().manual_seed(0)
-    counts, tail, room, n_queries, width = (70, 0, 133), 1, 3, 3, 64
-    entries = sum(counts) + len(counts) * room
-    for dtype in _DTYPES:
-        queries, keys, values = (
-            torch.randn(*shape, generator=random).to(dtype)
-            for shape in ((len(counts), n_queries, width), (entries, width), (entries, width))
-        )
-        found = torch.empty_like(queries)
-        pointers = [x.data_ptr() for x in (queries, keys, values, found)]
+    """Whether it computes attention: a compiler's mistake must not become a wrong answer.
+
+    In numpy, which no mode or default of torch changes.
+    """
+    random = np.random.default_rng(0)
+    counts, tail, room, n_queries, width = (300, 0, 33), 1, 3, 3, 64
+    queries = random.standard_normal((len(counts), n_queries, width), np.float32)
+    keys, values = random.standard_normal((2, sum(counts) + len(counts) * room, width), np.float32)
+    keys[-room] = np.nan  # in the last segment: no flag may take it for impossible
+    for half in (False, True):
+        given = [(x.view(np.uint32) >> 16).astype(np.uint16) if half else x for x in (queries, keys, values)]
+        read = [(x.astype(np.uint32) << 16).view(np.float32) if half else x for x in given]
+        found = np.empty_like(given[0])
+        pointers = [x.ctypes.data for x in (*given, found)]
         sizes = (_lengths(counts), len(counts), tail, room, n_queries, width)
-        if library.sparsekv_attend(*pointers, *sizes, 0.2, dtype == torch.bfloat16, 2):
+        if library.sparsekv_attend(*pointers, *sizes, 0.2, half, min(2, torch.get_num_threads())):
             return False
-        parts = [x.float().split([count + room for count in counts]) for x in (keys, values)]
-        for i, (own_keys, own_values) in enumerate(zip(*parts, strict=True)):
-            stored = slice(counts[i] + tail)
-            query = queries[i, None].float()
-            wanted = nn.functional.scaled_dot_product_attention(
-                query, own_keys[None, stored], own_values[None, stored], scale=0.2
-            )[0]
-            if not torch.allclose(found[i].float(), wanted, atol=1e-5 if dtype == torch.float32 else 2e-2):
+        result = (found.astype(np.uint32) << 16).view(np.float32) if half else found
+        start = 0
+        for i, count in enumerate(counts):
+            stored = slice(start, start + count + tail)
+            weights = np.exp(0.2 * read[0][i].astype(np.float64) @ read[1][stored].T)
+            wanted = weights @ read[2][stored] / weights.sum(axis=1, keepdims=True)
+            if not np.allclose(result[i], wanted, atol=2e-2 if half else 1e-5, equal_nan=True):
                 return False
+            start += count + room
     return True

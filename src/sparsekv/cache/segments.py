@@ -156,10 +156,11 @@ class Segments:
             raise ConfigError(f"the cache holds {self.batch} rows, the model was given {key_states.shape[0]}")
         if not self.can_append(n_new):
             self._relayout(room=self.tail + (n_new if n_new > 1 else self._spare()))
-        new_keys = key_states.to(self.keys.dtype).flatten(
-            0, 1
-        )  # another one where autocast began or ended meanwhile
-        new_values = value_states.to(self.values.dtype).flatten(0, 1)
+        # they have another dtype where autocast began or ended meanwhile
+        new_keys, new_values = (
+            new.to(old.dtype).flatten(0, 1)
+            for new, old in ((key_states, self.keys), (value_states, self.values))
+        )
         self.tail += n_new
         self.seen += n_new
         if n_new == 1 and len(_runs(self.counts)) > 1:  # one write instead of one per group

@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory in bytes, GPUs; whether decoding uses the compiled kernel."""
+    """Processor, cores that may be used, memory in bytes, GPUs; whether a CPU's compiled attention is there."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "native_attention": native.is_on(),
+        "compiled_attention": native.is_on(),
     }
 
 
