@@ -21,7 +21,7 @@ import torch
 from machine import describe
 from torch import Tensor
 
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.cache.attend import attend_stored
 from sparsekv.cache.layer import SparseLayer
 
@@ -48,14 +48,14 @@ def measure(counts: list[int], width: int, group: int, dtype: torch.dtype, layer
         return attend_stored(every[i], query, None, None)
 
     def by_torch(i: int) -> object:
-        with patch.object(native, "attend", lambda *given: None):
+        with patch.object(kernel, "attend", lambda *given: None):
             return attend(i)
 
     def floor(i: int) -> object:
         return [x.view(torch.int32).amax() for x in stores[i]]
 
     ways: dict[str, Callable[[int], object]] = {"floor": floor, "torch's attention": by_torch}
-    if native.is_on():
+    if kernel.is_on():
         ways["compiled kernel"] = attend
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 
 
 def describe() -> str:
@@ -23,5 +23,5 @@ def describe() -> str:
         model = names[0] if names else model
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "kvpress"))
     threads = f"{torch.get_num_threads()} threads"
-    kernel = "compiled kernel" if native.is_on() else "torch's attention alone"
-    return f"{model}, {os.cpu_count()} cores, {threads}, {kernel}; {packages}"
+    attention = "compiled kernel" if kernel.is_on() else "torch's attention alone"
+    return f"{model}, {os.cpu_count()} cores, {threads}, {attention}; {packages}"

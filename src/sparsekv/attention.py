@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsekv import architecture
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.cache.attend import attend_stored
 from sparsekv.cache.layer import LAYER_ATTRIBUTE, SparseLayer
 from sparsekv.cache.sparse import ATTENTION, SparseCache
@@ -140,7 +140,7 @@ def prepare(model: Any) -> Any:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     plain = architecture.unwrap(model)
     if any(parameter.is_cpu for parameter in plain.parameters()):
-        native.is_on()  # compiled now, rather than while a first token waits
+        kernel.is_on()  # compiled now, rather than while a first token waits
     if (
         plain.config._attn_implementation != ATTENTION
         or architecture.text_config(plain)._attn_implementation != ATTENTION

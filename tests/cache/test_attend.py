@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged
 from sparsekv.attention import prepare
-from sparsekv.cache import attend, native
+from sparsekv.cache import attend, kernel
 from sparsekv.generation import compress
 from toy import tiny_model
 
@@ -28,7 +28,7 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         used.append(pieces)
         return whole(queries, keys, values, pieces, scaling)
 
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(kernel, "_library", lambda: None)
     monkeypatch.setattr(attend, "_in_pieces", counted)
     monkeypatch.setattr(attend, "_PIECE", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)

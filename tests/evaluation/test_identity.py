@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sparsekv
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.config import EvalConfig, parse_config
 from sparsekv.evaluation import identity as module
 from sparsekv.evaluation.identity import commit, identity, machine, versions, weights_fingerprint
@@ -76,4 +76,4 @@ def test_versions_and_machine() -> None:
     assert versions()["sparsekv"] == sparsekv.__version__ and versions()["kvpress"].startswith("0.5")
     found = machine()
     assert found["cores"] >= 1 and found["memory_bytes"] > 2**28 and isinstance(found["gpus"], list)
-    assert found["compiled_attention"] == native.is_on()
+    assert found["compiled_attention"] == kernel.is_on()

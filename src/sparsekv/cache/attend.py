@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.cache.layer import SparseLayer
 from sparsekv.cache.segments import Segments
 
@@ -46,7 +46,7 @@ def _at_once(store: Segments, queries: Tensor, scaling: float | None) -> Tensor 
     sizes = (store.counts, store.tail, store.room)
     if not _few_on_cpu(queries, store.keys, store.values) or store.tail + min(store.counts, default=0) < 1:
         return None
-    return native.attend(queries, store.keys, store.values, *sizes, scaling)
+    return kernel.attend(queries, store.keys, store.values, *sizes, scaling)
 
 
 def _by_groups(layer: SparseLayer, folded: Tensor, seen_tail: Tensor | None, scaling: float | None) -> Tensor:

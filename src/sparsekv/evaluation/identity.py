@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import sparsekv
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.cache.fingerprint import weights_fingerprint
 from sparsekv.config import EvalConfig
 from sparsekv.models import public_name
@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "compiled_attention": native.is_on(),
+        "compiled_attention": kernel.is_on(),
     }
 
 

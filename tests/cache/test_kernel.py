@@ -21,7 +21,7 @@ from oracle import masked_logits, stepped_logits
 from sample_policies import Ends, Ragged
 from sparsekv import architecture
 from sparsekv.attention import prepare
-from sparsekv.cache import native
+from sparsekv.cache import kernel
 from sparsekv.cache.attend import attend_stored
 from sparsekv.generation import compress
 from toy import tiny_model
@@ -44,19 +44,19 @@ def compiler_with_openmp(tmp_path_factory: pytest.TempPathFactory) -> bool:
 
 
 @pytest.fixture
-def kernel(compiler_with_openmp: bool) -> None:
+def compiled(compiler_with_openmp: bool) -> None:
     """Only where it is switched off, or there is no compiler, may the kernel be missing."""
-    if os.environ.get("SPARSEKV_NATIVE") == "0" or not compiler_with_openmp:
+    if os.environ.get("SPARSEKV_KERNEL") == "0" or not compiler_with_openmp:
         pytest.skip("no kernel wanted, or no C compiler with OpenMP")
-    assert native.is_on(), "there is a compiler, but no kernel"
+    assert kernel.is_on(), "there is a compiler, but no kernel"
 
 
 @pytest.fixture
 def unloaded() -> Iterator[None]:
     """The next one who asks looks for the kernel anew."""
-    native._library.cache_clear()
+    kernel._library.cache_clear()
     yield
-    native._library.cache_clear()
+    kernel._library.cache_clear()
 
 
 def exact(queries: Tensor, keys: Tensor, values: Tensor, sizes: Any, scaling: float | None) -> Tensor:
@@ -88,7 +88,7 @@ def given_segments(
     return queries, keys, values
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 @settings(deadline=None, max_examples=200)
 @given(
     counts=st.lists(st.integers(0, 300), min_size=1, max_size=9).map(tuple),
@@ -115,30 +115,30 @@ def test_what_torch_computes(
     inputs[1][-1 - spare] *= 30  # one entry takes nearly all, far from the mean of the others
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        patch.setattr(native, "_SERIAL", 0)
-        found = native.attend(*inputs, *sizes, scaling)
+        patch.setattr(kernel, "_SERIAL", 0)
+        found = kernel.attend(*inputs, *sizes, scaling)
     assert found is not None and found.dtype == dtype and found.shape == inputs[0].shape
     error = (found.double() - exact(*inputs, sizes, scaling)).abs().max()
     assert error <= (2e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_nan_stays_in_its_segment(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(native, "_SERIAL", 0)
+    monkeypatch.setattr(kernel, "_SERIAL", 0)
     sizes = (50, 200, 3), 1, 2
     for place in (1, 2):  # keys, values
         inputs = given_segments(sizes, 2, 16, torch.float32)
         inputs[place][60, 5] = torch.nan
-        found = native.attend(*inputs, *sizes)
+        found = kernel.attend(*inputs, *sizes)
         assert found is not None
         lost = found.isnan()
         assert not lost[0].any() and not lost[2].any()
         assert lost[1].all() if place == 1 else lost[1, :, 5].all()
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 def test_logits_without_bounds() -> None:
     """What torch gives where logits are infinite, and no trace of an entry that weighs nothing."""
     sizes = (400, 399, 40), 1, 2
@@ -148,34 +148,34 @@ def test_logits_without_bounds() -> None:
     keys[:300] = -3e38  # more than a piece of logits overflow to -infinity, then finite ones follow
     values[:300] = 3e38
     keys[403:802] = -torch.inf  # all of a segment but one
-    found = native.attend(*inputs, *sizes)
+    found = kernel.attend(*inputs, *sizes)
     assert found is not None and found.isfinite().all()
     reduced = exact(*inputs, sizes, None)
     assert (found.double() - reduced).abs().max() <= 1e-5
     keys[402] = -torch.inf  # all of it
     keys[810] = torch.inf
-    found = native.attend(*inputs, *sizes)
+    found = kernel.attend(*inputs, *sizes)
     assert found is not None and (found[1] == 0).all() and found[2].isnan().all()
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_alone_and_beside_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_SERIAL", 0)
+    monkeypatch.setattr(kernel, "_SERIAL", 0)
     counts, tail, room = (5, 777, 301, 2000), 1, 4
     inputs = given_segments((counts, tail, room), 3, 64, dtype)
     found = {}
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found[threads] = native.attend(*inputs, counts, tail, room)
+        found[threads] = kernel.attend(*inputs, counts, tail, room)
     assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[5])
     parts = [x.split([count + room for count in counts]) for x in inputs[1:]]
     for i, count in enumerate(counts):
-        alone = native.attend(inputs[0][i : i + 1], parts[0][i], parts[1][i], (count,), tail, room)
+        alone = kernel.attend(inputs[0][i : i + 1], parts[0][i], parts[1][i], (count,), tail, room)
         assert torch.equal(alone, found[1][i : i + 1])
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 def test_lengths_that_do_not_fit_are_refused() -> None:
     sizes = (5, 9), 1, 2
     queries, keys, values = given_segments(sizes, 2, 16, torch.float32)
@@ -188,18 +188,18 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         ((-1, 15), 1, 2),
     ):
         with pytest.raises(ValueError, match="don't lie in keys of"):
-            native.attend(queries, keys, values, *wrong)
+            kernel.attend(queries, keys, values, *wrong)
     with pytest.raises(ValueError, match="don't lie in keys of"):
-        native.attend(queries, keys, values[:, :8].contiguous(), *sizes)
+        kernel.attend(queries, keys, values[:, :8].contiguous(), *sizes)
     with pytest.raises(ValueError, match="don't lie in keys of"):
-        native.attend(queries, keys, values, (14, 0), 0, 2)
+        kernel.attend(queries, keys, values, (14, 0), 0, 2)
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 def test_what_it_does_not_take() -> None:
     sizes = (5, 9), 1, 2
     queries, keys, values = given_segments(sizes, 2, 16, torch.float32)
-    assert native.attend(queries, keys, values, *sizes) is not None
+    assert kernel.attend(queries, keys, values, *sizes) is not None
     for given_instead in (
         (queries.half(), keys.half(), values.half()),
         (queries, keys, values.bfloat16()),
@@ -209,13 +209,13 @@ def test_what_it_does_not_take() -> None:
         (torch._neg_view(queries), keys, values),
         (queries.to("meta"), keys.to("meta"), values.to("meta")),
     ):
-        assert native.attend(*given_instead, *sizes) is None
+        assert kernel.attend(*given_instead, *sizes) is None
 
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every result of the kernel, how many segments it has."""
-    theirs, results = native.attend, []
+    theirs, results = kernel.attend, []
 
     def counted(*given: Any) -> Tensor | None:
         result = theirs(*given)
@@ -223,11 +223,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             results.append(len(result))
         return result
 
-    monkeypatch.setattr(native, "attend", counted)
+    monkeypatch.setattr(kernel, "attend", counted)
     return results
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("policy", [Ragged(), Ends()])
 @pytest.mark.parametrize("padded", [False, True])
@@ -245,7 +245,8 @@ def test_a_model_decodes_with_it(family: str, policy: Any, padded: bool, used: l
     assert used == [2 * cache.layers[-1].n_kv_heads] * Q * n_layers, "one call for a layer and token"
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.usefixtures("compiled")
 def test_what_torch_reads(used: list[int]) -> None:
     """Several new tokens, gradients, autocast, a trace; and all of it, where the kernel is not there."""
     model = prepare(tiny_model("llama"))
@@ -289,87 +290,87 @@ WAYS_TO_FAIL = {
 def test_without_it_torch_does_the_work(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("SPARSEKV_HOME", str(home))
-    monkeypatch.setattr(native, "_SECONDS", 1)
+    monkeypatch.setattr(kernel, "_SECONDS", 1)
     if why == "off":
-        monkeypatch.setenv("SPARSEKV_NATIVE", "0")
+        monkeypatch.setenv("SPARSEKV_KERNEL", "0")
     elif why == "no folder":
         home.write_text("a file")
     elif why == "not mine":
-        (home / "native").mkdir(parents=True)
-        (home / "native").chmod(0o777)
+        (home / "kernels").mkdir(parents=True)
+        (home / "kernels").chmod(0o777)
     elif why in WAYS_TO_FAIL:
         monkeypatch.setenv("CC", compiler(tmp_path / "cc", WAYS_TO_FAIL[why]))
     else:
         monkeypatch.setenv("CC", {"no compiler": "/nowhere/cc", "no words": 'cc "'}[why])
-    assert not native.is_on()
+    assert not kernel.is_on()
     model = prepare(tiny_model("llama"))
     ids = torch.randint(3, 250, (1, T + Q), generator=torch.Generator().manual_seed(3))
     cache = compress(model, ids[:, :T], Ragged(), 0.5)
     masked = masked_logits(model, ids, None, cache.selection().extend(T + Q), Q)
     assert (masked - stepped_logits(model, cache, ids, None, [1] * Q)).abs().max() <= 1e-4
     if home.is_dir():
-        assert not list((home / "native").glob(".making-*")), "nothing half-made stays"
+        assert not list((home / "kernels").glob(".making-*")), "nothing half-made stays"
 
 
-@pytest.mark.usefixtures("kernel", "unloaded")
+@pytest.mark.usefixtures("compiled", "unloaded")
 def test_a_compiler_that_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SPARSEKV_HOME", str(tmp_path))
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -Dfloorf=ceilf")
     with caplog.at_level(logging.WARNING):
-        assert not native.is_on()
+        assert not kernel.is_on()
     assert "computes something else" in caplog.text
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native._loaded(tmp_path)
+    kernel._loaded(tmp_path)
     (path,) = tmp_path.glob("*.so")
     with monkeypatch.context() as patch:
-        patch.setattr(native.subprocess, "Popen", None)
-        native._loaded(tmp_path)
+        patch.setattr(kernel.subprocess, "Popen", None)
+        kernel._loaded(tmp_path)
     assert {x.name for x in tmp_path.iterdir()} == {path.name, path.with_suffix(".sha256").name}
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_processor", lambda: "another machine that shares the folder")
-        native._loaded(tmp_path)
+        patch.setattr(kernel, "_processor", lambda: "another machine that shares the folder")
+        kernel._loaded(tmp_path)
     assert len(list(tmp_path.glob("*.so"))) == 2
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("damage", ["cut short", "empty", "no digest"])
 def test_a_damaged_library_is_made_anew(damage: str, tmp_path: Path) -> None:
     """Not one that is loaded already: that would be given once more, whatever the file holds."""
     made = tmp_path / "made"
     made.mkdir()
-    native._compile(["cc"], made / "attend.so")
+    kernel._compile(["cc"], made / "attend.so")
     whole = (made / "attend.so").read_bytes()
-    assert native._is_whole(made / "attend.so")
+    assert kernel._is_whole(made / "attend.so")
     if damage == "no digest":
         (made / "attend.sha256").unlink()
     else:
         (made / "attend.so").write_bytes(whole[: 0 if damage == "empty" else 8000])
-    assert not native._is_whole(made / "attend.so")
-    native._compile(["cc"], made / "attend.so")
-    assert (made / "attend.so").read_bytes() == whole and native._is_whole(made / "attend.so")
+    assert not kernel._is_whole(made / "attend.so")
+    kernel._compile(["cc"], made / "attend.so")
+    assert (made / "attend.so").read_bytes() == whole and kernel._is_whole(made / "attend.so")
     (made / "attend.so").chmod(0o666)
     with pytest.raises(RuntimeError, match="can be written by other users"):
-        native._is_whole(made / "attend.so")
+        kernel._is_whole(made / "attend.so")
 
 
-@pytest.mark.usefixtures("kernel", "unloaded")
+@pytest.mark.usefixtures("compiled", "unloaded")
 def test_no_mode_of_torch_disturbs_the_check() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        assert native.is_on()
+        assert kernel.is_on()
 
 
 def _loads_it(answer: Any) -> None:
     torch.set_num_threads(1)
-    native._library.cache_clear()
-    answer.put(native.is_on())
+    kernel._library.cache_clear()
+    answer.put(kernel.is_on())
 
 
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("compiled")
 def test_a_forked_process_loads_it() -> None:
     """As a DataLoader's worker does, after the parent has used its threads."""
     fork = multiprocessing.get_context("fork")

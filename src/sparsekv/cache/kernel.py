@@ -1,9 +1,9 @@
 """The compiled kernel of decoding: few queries over segments of different lengths, shared out to all cores of a CPU.
 
-torch's attention reads a segment on one core while there are few queries, and ragged heads are a call each; `native.c`
+torch's attention reads a segment on one core while there are few queries, and ragged heads are a call each; `kernel.c`
 reads all heads in one call, a piece at a time, each core the next one. It is compiled for this machine's processor when
 it is first wanted, which takes two seconds and a C compiler with OpenMP ($CC, or `cc`), and kept in the cache folder
-($SPARSEKV_HOME). Where that fails, or with SPARSEKV_NATIVE=0, torch's attention does the work.
+($SPARSEKV_HOME). Where that fails, or with SPARSEKV_KERNEL=0, torch's attention does the work.
 
 With GCC torch's own threads do the work: symbols of the OpenMP library that it has loaded come first.
 Knows nothing of caches.
@@ -127,12 +127,12 @@ def _lengths(counts: tuple[int, ...]) -> Any:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     """The kernel, or None where it is not wanted, can't be compiled, or computes something else than torch does."""
-    if os.environ.get("SPARSEKV_NATIVE") == "0":
+    if os.environ.get("SPARSEKV_KERNEL") == "0":
         return None
     try:
-        library = _loaded(cache_home() / "native")
+        library = _loaded(cache_home() / "kernels")
     except subprocess.TimeoutExpired as error:
-        log.warning("attention while decoding is torch's own (SPARSEKV_NATIVE=0 does not try): %s", error)
+        log.warning("attention while decoding is torch's own (SPARSEKV_KERNEL=0 does not try): %s", error)
         return None
     except (OSError, AttributeError, RuntimeError, ValueError) as error:
         log.info("attention while decoding is torch's own: %s", error)

@@ -1,4 +1,4 @@
-/* Attention of a few queries over segments of different lengths, shared out to all cores (native.py).
+/* Attention of a few queries over segments of different lengths, shared out to all cores (kernel.py).
  *
  * A segment is what one (row, kv head) stores: count[i] entries and `tail` newer ones, in order, with room for others
  * behind them: segment i + 1 begins count[i] + room entries after segment i. Every segment has its own queries.
