@@ -31,9 +31,8 @@ def layer_of(counts: list[int], width: int, dtype: torch.dtype) -> SparseLayer:
     layer, seen = SparseLayer(), max(counts) + 1
     layer.update(*torch.randn(2, 1, len(counts), seen, width).to(dtype))
     layer.keep(torch.arange(seen) < torch.tensor(counts)[None, :, None])
-    layer.update(
-        *torch.randn(2, 1, len(counts), 1, width).to(dtype)
-    )  # from here on there is room between the heads
+    # a new token, as while decoding: from here on there is room between the heads
+    layer.update(*torch.randn(2, 1, len(counts), 1, width).to(dtype))
     return layer
 
 

@@ -248,7 +248,7 @@ def test_a_model_decodes_with_it(family: str, policy: Any, padded: bool, used: l
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.usefixtures("compiled")
 def test_what_torch_reads(used: list[int]) -> None:
-    """Several new tokens, gradients, autocast, a trace; and all of it, where the kernel is not there."""
+    """Several new tokens, gradients, autocast, a trace; single tokens are the kernel's."""
     model = prepare(tiny_model("llama"))
     ids = torch.randint(3, 250, (2, T + Q), generator=torch.Generator().manual_seed(3))
     cache = compress(model, ids[:, :T], Ragged(), 0.5)

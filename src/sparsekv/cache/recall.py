@@ -183,9 +183,8 @@ class TieredReader:
         full_rows = (free < 0) | (sizes > quotas + LENT).reshape(rows).any(axis=1)
         spare = quotas - slack(quotas) - sizes
         limit, looks = tiers.recall_tokens, self._looks(layer, n_query)
-        settled = (
-            not full_rows.any() and (spare <= 0).all()
-        )  # nobody has to leave, and there is no place to fill
+        # nobody has to leave, and there is no place to fill
+        settled = not full_rows.any() and (spare <= 0).all()
         if (limit == 0 and not full_rows.any()) or (limit is None and settled and not looks):
             return None
         deferred = np.zeros(len(sizes), bool)
